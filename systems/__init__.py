@@ -1,0 +1,1 @@
+"""The five rebuilt systems, what they share (`systems.common`), and their registry."""
