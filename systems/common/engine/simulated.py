@@ -17,11 +17,11 @@ class IterationCost:
     `overhead_s` of host time that the GPU waits for.
     """
 
-    def __init__(self, costs: OperatorCosts, shape: ModelShape, dtype_bytes: int = 2, overhead_s: float = 0.0) -> None:
+    def __init__(self, costs: OperatorCosts, shape: ModelShape, overhead_s: float = 0.0) -> None:
         self.costs = costs
         self.shape = shape
         self.overhead_s = overhead_s
-        self._all_reduce_bytes = shape.hidden * dtype_bytes
+        self._all_reduce_bytes = int(shape.hidden * shape.dtype_bytes)
         self._by_tokens: dict[int, float] = {}
         self._by_sequences: dict[int, float] = {}
 

@@ -1,0 +1,173 @@
+"""What one trial of each LLMStation figure means: workload, engine, tuning job and the numbers that come back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from systems.common.core import Outcome, Slo, Trial
+from systems.common.engine.config import EngineConfig
+from systems.common.engine.engine import Engine, serve
+from systems.common.engine.results import to_records
+from systems.common.engine.simulated import IterationCost, SimulatedExecutor
+from systems.common.errors import InputError
+from systems.common.hardware import Testbed, costs, parse_testbed
+from systems.common.hardware.interference import AnalyticInterference
+from systems.common.metrics import summarise
+from systems.common.models import ModelShape, model
+from systems.common.workloads.build import build
+from systems.llmstation.baselines.chunked import Chunked
+from systems.llmstation.baselines.fineinfer import FineInfer
+from systems.llmstation.baselines.inference_only import InferenceOnly
+from systems.llmstation.baselines.mps import Mps
+from systems.common.engine.memory import kv_blocks
+from systems.llmstation.modes import FeedbackMode, FixedMode, PlannerMode
+from systems.llmstation.simulated import ExclusiveTuning, FeedbackTuning, PlannedTuning, SteadyTuning
+from systems.llmstation.tuning_cost import Layers, shared_job, sharded_job
+
+SHARED_UTILISATION = 0.75
+METRICS = (
+    "ttft_mean_s", "ttft_p50_s", "ttft_p99_s", "tpot_mean_s", "tpot_p50_s", "tpot_p99_s", "e2e_p99_s",
+    "requests", "finished", "preemptions", "output_tokens_per_s", "duration_s",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Bench:
+    """What every policy of a trial shares."""
+
+    parameters: Mapping[str, Any]
+    shape: ModelShape
+    testbed: Testbed
+    layers: Layers
+    cost: IterationCost
+
+    @classmethod
+    def of(cls, trial: Trial) -> Bench:
+        """The testbed and model of `trial`, tensor parallel over all GPUs."""
+        shape, testbed = model(str(trial.parameters["model"])), parse_testbed(trial.hardware)
+        priced = costs(shape, testbed, testbed.count)
+        return cls(trial.parameters, shape, testbed, Layers.of(priced, shape, testbed.count), IterationCost(priced, shape))
+
+    def number(self, key: str) -> float:
+        """The parameter or knob `key`. Raises InputError when it is missing or no number."""
+        value = self.parameters.get(key)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise InputError("llmstation", key, value, f"policy {self.parameters.get('policy')} needs this as a number")
+        return value
+
+    def tuned_tokens(self) -> int:
+        """Length of a tuning sample on shared weights (the artifact pads to 500)."""
+        return int(self.parameters.get("tuning_tokens", 500))
+
+    def whole_layers(self) -> Layers:
+        """Prices of undivided layers, for tuners that shard instead of splitting."""
+        return Layers.of(costs(self.shape, self.testbed, 1), self.shape, 1)
+
+
+Built = tuple[SimulatedExecutor, float]
+"""An executor and the share of GPU memory that serving may use."""
+
+
+def _inference_only(bench: Bench) -> Built:
+    return SimulatedExecutor(bench.cost), InferenceOnly().gpu_memory_utilisation
+
+
+def _mps(bench: Bench) -> Built:
+    policy = Mps(bench.number("thread_percentage"))
+    job = sharded_job(bench.whole_layers(), bench.testbed, policy.sequence_tokens, policy.sm_limit)
+    return SteadyTuning(bench.cost, bench.layers, job, AnalyticInterference()), policy.gpu_memory_utilisation
+
+
+def _chunked(bench: Bench) -> Built:
+    policy = Chunked(int(bench.number("chunk_tokens")))
+    job = sharded_job(bench.whole_layers(), bench.testbed, policy.chunk_tokens, sm_limit=1.0)
+    return SteadyTuning(bench.cost, bench.layers, job, AnalyticInterference()), policy.gpu_memory_utilisation
+
+
+def _fineinfer(bench: Bench) -> Built:
+    policy = FineInfer(bench.number("defer_s"))
+    job = shared_job(bench.layers, bench.tuned_tokens(), int(bench.parameters.get("rank", 8)))
+    return ExclusiveTuning(bench.cost, job, policy), policy.gpu_memory_utilisation
+
+
+def _waits(bench: Bench) -> FixedMode:
+    return FixedMode(
+        int(bench.number("forward_tasklets")),
+        bench.number("forward_wait_s"),
+        int(bench.number("backward_tasklets")),
+        bench.number("backward_wait_s"),
+    )
+
+
+def _llmstation(bench: Bench) -> Built:
+    job = shared_job(bench.layers, bench.tuned_tokens(), int(bench.parameters.get("rank", 8)))
+    common = (bench.cost, bench.layers, job, AnalyticInterference())
+    mode = bench.parameters.get("mode", "planner")
+    if mode == "planner":
+        planner = PlannerMode(bench.number("decode_target_s"), bool(bench.parameters.get("fused", True)))
+        return PlannedTuning(*common, planner), SHARED_UTILISATION
+    if mode == "fixed":
+        return SteadyTuning(*common, _waits(bench)), SHARED_UTILISATION
+    if mode == "feedback":
+        slo = Slo(ttft_s=bench.number("slo_ttft_s"), tpot_s=bench.number("slo_tpot_s"))
+        return FeedbackTuning(*common, FeedbackMode(slo, _waits(bench))), SHARED_UTILISATION
+    raise InputError("llmstation", "mode", mode, "use planner, fixed or feedback")
+
+
+POLICIES: Mapping[str, Callable[[Bench], Built]] = {
+    "inference_only": _inference_only,
+    "llmstation": _llmstation,
+    "fineinfer": _fineinfer,
+    "mps": _mps,
+    "chunked": _chunked,
+}
+
+
+def _workload(trial: Trial) -> Mapping[str, object]:
+    """The declared workload; factors and constants of the same names fill it in."""
+    declared = trial.parameters.get("workload")
+    if not isinstance(declared, Mapping):
+        raise InputError("llmstation", "workload", declared, "give a mapping, see docs/workloads.md")
+    given = {key: trial.parameters[key] for key in ("rate_rps", "seconds", "requests") if key in trial.parameters}
+    return {**declared, **given}
+
+
+def colocation(trial: Trial) -> Outcome:
+    """Serve a workload while tuning shares the GPUs; both sides' numbers.
+
+    Parameters: `model`, `policy` (a key of `POLICIES`), that policy's knob, `workload`, and optionally `tuning_tokens`,
+    `rank`, `mode`, `fused`, `max_num_batched_tokens`, `max_num_seqs`. Only the simulated backend exists so far.
+    """
+    if trial.backend != "simulated":
+        raise InputError("llmstation", "backend", trial.backend, "colocation runs on the simulated backend so far")
+    bench = Bench.of(trial)
+    policy = str(trial.parameters.get("policy"))
+    if policy not in POLICIES:
+        raise InputError("llmstation", "policy", policy, f"use one of {', '.join(POLICIES)}")
+    executor, utilisation = POLICIES[policy](bench)
+    config = EngineConfig(
+        num_gpu_blocks=kv_blocks(bench.shape, bench.testbed, bench.testbed.count, utilisation),
+        policy="prefill-first",
+        max_num_batched_tokens=int(trial.parameters.get("max_num_batched_tokens", 2048)),  # type: ignore[arg-type]
+        max_num_seqs=int(trial.parameters.get("max_num_seqs", 256)),  # type: ignore[arg-type]
+        watermark=0.01,
+    )
+    workload = build(_workload(trial), trial.datasets, trial.seed)
+    engine = Engine(config, executor)
+    if isinstance(executor, FeedbackTuning):
+        executor.watch(engine)
+    records = to_records(serve(engine, workload.requests))
+    summary = summarise(records)
+    samples = float(getattr(executor, "samples", 0.0))
+    metrics = {key: summary[key] for key in METRICS}
+    metrics["peft_samples_per_s"] = samples / summary["duration_s"]
+    metrics["num_gpu_blocks"] = config.num_gpu_blocks
+    notes = [bench.cost.costs.source, *workload.notes]
+    if policy != "inference_only":
+        notes.insert(1, AnalyticInterference.source)
+    return Outcome(metrics, records.columns(), tuple(notes))
+
+
+EXPERIMENTS: Mapping[str, Callable[[Trial], Outcome]] = {"colocation": colocation}

@@ -1,0 +1,120 @@
+"""Tasklets: the grain at which tuning can be suspended (paper section 4; sheet 2.3-2.5).
+
+A tuning sample is a cycle of phases (forward, head, backward, optimizer step); a phase is a number of equal tasklets, one per
+decoder layer where the phase goes through the layers. Between tasklets tuning can stop for as long as serving likes.
+
+Contents: `Phase`, `TuningJob` (one sample's phases) and `TuningProgress` (where in the cycle a run is).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from systems.common.hardware.interference import Tenant
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """A run of equal tasklets: `tasklets` of `tasklet_s` seconds each when alone on the GPU, loading it like `tenant`."""
+
+    name: str
+    tasklets: int
+    tasklet_s: float
+    tenant: Tenant
+
+    def __post_init__(self) -> None:
+        assert self.tasklets >= 1 and self.tasklet_s > 0, self
+
+    @property
+    def seconds(self) -> float:
+        """The whole phase alone on the GPU."""
+        return self.tasklets * self.tasklet_s
+
+
+@dataclass(frozen=True, slots=True)
+class TuningJob:
+    """One tuning sample as phases in order; `tokens` is its length, `samples` how many one pass trains (data parallelism)."""
+
+    phases: tuple[Phase, ...]
+    tokens: int
+    samples: float = 1.0
+
+    @property
+    def pass_s(self) -> float:
+        """One pass alone on the GPU, seconds."""
+        return sum(phase.seconds for phase in self.phases)
+
+    @property
+    def samples_per_s(self) -> float:
+        """Throughput alone on the GPU."""
+        return self.samples / self.pass_s
+
+    @property
+    def mean_tenant(self) -> Tenant:
+        """The load of the whole pass, averaged over time; limits as in the first phase."""
+        total = self.pass_s
+
+        def mean(of: str) -> float:
+            return float(sum(getattr(phase.tenant, of) * phase.seconds for phase in self.phases) / total)
+
+        return Tenant(
+            min(1.0, mean("compute")),
+            min(1.0, mean("bandwidth")),
+            mean("kernel_s"),
+            min(1.0, mean("occupancy")),
+            self.phases[0].tenant.sm_limit,
+        )
+
+
+class TuningProgress:
+    """Where a tuning job stands: passes done, the phase under way, tasklets done in it."""
+
+    __slots__ = ("_index", "done_in_phase", "job", "passes")
+
+    def __init__(self, job: TuningJob) -> None:
+        self.job = job
+        self.passes = 0
+        self.done_in_phase = 0
+        self._index = 0
+
+    @property
+    def phase(self) -> Phase:
+        """The phase under way."""
+        return self.job.phases[self._index]
+
+    @property
+    def remaining(self) -> int:
+        """Tasklets left in the phase under way; at least 1."""
+        return self.phase.tasklets - self.done_in_phase
+
+    @property
+    def samples(self) -> float:
+        """Samples trained so far, the begun pass counted by its share of time."""
+        before = sum(phase.seconds for phase in self.job.phases[: self._index])
+        begun = (before + self.done_in_phase * self.phase.tasklet_s) / self.job.pass_s
+        return (self.passes + begun) * self.job.samples
+
+    def advance(self, tasklets: int) -> None:
+        """Book `tasklets` tasklets, none of them beyond the phase under way."""
+        assert 0 <= tasklets <= self.remaining, (tasklets, self.remaining)
+        self.done_in_phase += tasklets
+        if self.done_in_phase == self.phase.tasklets:
+            self.done_in_phase = 0
+            self._index += 1
+            if self._index == len(self.job.phases):
+                self._index = 0
+                self.passes += 1
+
+    def run_alone(self, seconds: float) -> float:
+        """Run tasklets back to back from now until `seconds` have passed; how long it took (the last tasklet is not cut)."""
+        took = 0.0
+        whole = int(seconds // self.job.pass_s)
+        if whole > 1:  # whole passes come back to the same place in the cycle
+            self.passes += whole - 1
+            took = (whole - 1) * self.job.pass_s
+        while took < seconds:
+            phase = self.phase
+            tasklets = min(self.remaining, max(1, -int(-(seconds - took) // phase.tasklet_s)))
+            took += tasklets * phase.tasklet_s
+            self.advance(tasklets)
+        return took
