@@ -41,7 +41,9 @@ def once(requests) -> tuple[float, float, Engine, list]:
     shape, testbed = model("llama-2-70b"), parse_testbed("a100-80x2")
     cost = IterationCost(costs(shape, testbed, 2), shape)
     blocks = kv_blocks(shape, testbed, 2, 0.9)
-    engine = Engine(EngineConfig(blocks, "chunked-prefill", max_num_batched_tokens=512, max_num_seqs=128), SimulatedExecutor(cost))
+    engine = Engine(
+        EngineConfig(blocks, "chunked-prefill", max_num_batched_tokens=512, max_num_seqs=128), SimulatedExecutor(cost)
+    )
     began = time.perf_counter()
     sequences = serve(engine, requests)
     engine_s = time.perf_counter() - began

@@ -3,9 +3,9 @@
     python -m systems.common.simulate --requests FILE.csv --model llama-3.1-8b --hardware rtx4090 \
         --max-num-batched-tokens 2048 --max-num-seqs 256 --num-gpu-blocks 1000 --out DIR
 
-FILE.csv has the columns `arrival_s,input_tokens,output_tokens`. DIR gets `requests.csv` (per request: queued, scheduled, first token,
-finish, and the latencies that follow) and `summary.json`. With `--operators DIR` the operator times come from tables measured on
-some GPU (docs/hardware.md); otherwise from the datasheet's roofline.
+FILE.csv has the columns `arrival_s,input_tokens,output_tokens`. DIR gets `requests.csv` (per request: queued,
+scheduled, first token, finish, and the latencies that follow) and `summary.json`. With `--operators DIR` the operator
+times come from tables measured on some GPU (docs/hardware.md); otherwise from the datasheet's roofline.
 """
 
 from __future__ import annotations
@@ -41,7 +41,9 @@ COLUMNS = (
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
-    made = argparse.ArgumentParser(prog="python -m systems.common.simulate", description="Simulate an LLM engine on your requests.")
+    made = argparse.ArgumentParser(
+        prog="python -m systems.common.simulate", description="Simulate an LLM engine on your requests."
+    )
     made.add_argument("--requests", type=Path, required=True, help="CSV with arrival_s, input_tokens, output_tokens")
     made.add_argument("--model", required=True, help="a model shape, such as llama-3.1-8b")
     made.add_argument("--hardware", required=True, help="GPUs, such as rtx4090 or a100-80x2")
@@ -54,7 +56,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--num-gpu-blocks", type=int, help="KV blocks, as the real engine printed them (default: estimated)")
     made.add_argument("--gpu-memory-utilization", type=float, default=0.9, help="for that estimate (%(default)s)")
     made.add_argument("--watermark", type=float, help="share of blocks that admission leaves free (0.01 for prefill-first)")
-    made.add_argument("--admit-partial-prompts", action="store_true", help="admit a prompt when its first chunk fits (vLLM < 0.19)")
+    made.add_argument(
+        "--admit-partial-prompts", action="store_true", help="admit a prompt when its first chunk fits (vLLM < 0.19)"
+    )
     made.add_argument("--overhead-us", type=float, default=0.0, help="host time per iteration, microseconds (%(default)s)")
     made.add_argument("--out", type=Path, required=True, help="folder for requests.csv and summary.json")
     return made
@@ -113,7 +117,9 @@ def _write(path: Path, text: str) -> None:
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)
-        raise InputError(path, "--out", str(path.parent), f"cannot be written ({error.strerror}): free space or choose another folder") from error
+        raise InputError(
+            path, "--out", str(path.parent), f"cannot be written ({error.strerror}): free space or choose another folder"
+        ) from error
 
 
 def _shown(summary: Mapping[str, object]) -> str:

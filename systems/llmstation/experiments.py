@@ -9,11 +9,13 @@ from typing import Any
 from systems.common.core import Outcome, Slo, Trial
 from systems.common.engine.config import EngineConfig
 from systems.common.engine.engine import Engine, serve
+from systems.common.engine.memory import kv_blocks
 from systems.common.engine.results import to_records
 from systems.common.engine.simulated import IterationCost, SimulatedExecutor
 from systems.common.errors import InputError
 from systems.common.hardware import Testbed, costs, parse_testbed
-from systems.common.hardware.interference import AnalyticInterference
+from systems.common.hardware.interference import AnalyticInterference, Interference
+from systems.common.hardware.interference_table import read_interference
 from systems.common.metrics import summarise
 from systems.common.models import ModelShape, model
 from systems.common.workloads.build import build
@@ -21,10 +23,9 @@ from systems.llmstation.baselines.chunked import Chunked
 from systems.llmstation.baselines.fineinfer import FineInfer
 from systems.llmstation.baselines.inference_only import InferenceOnly
 from systems.llmstation.baselines.mps import Mps
-from systems.common.engine.memory import kv_blocks
 from systems.llmstation.modes import FeedbackMode, FixedMode, PlannerMode
 from systems.llmstation.simulated import ExclusiveTuning, FeedbackTuning, PlannedTuning, SteadyTuning
-from systems.llmstation.tuning_cost import Layers, shared_job, sharded_job
+from systems.llmstation.tuning_cost import Layers, sharded_job, shared_job
 
 SHARED_UTILISATION = 0.75
 METRICS = (
@@ -42,13 +43,17 @@ class Bench:
     testbed: Testbed
     layers: Layers
     cost: IterationCost
+    interference: Interference
 
     @classmethod
     def of(cls, trial: Trial) -> Bench:
         """The testbed and model of `trial`, tensor parallel over all GPUs."""
         shape, testbed = model(str(trial.parameters["model"])), parse_testbed(trial.hardware)
         priced = costs(shape, testbed, testbed.count)
-        return cls(trial.parameters, shape, testbed, Layers.of(priced, shape, testbed.count), IterationCost(priced, shape))
+        measured = trial.datasets.get("corun_slowdowns")
+        interference = AnalyticInterference() if measured is None else read_interference(measured)
+        layers = Layers.of(priced, shape, testbed.count)
+        return cls(trial.parameters, shape, testbed, layers, IterationCost(priced, shape), interference)
 
     def number(self, key: str) -> float:
         """The parameter or knob `key`. Raises InputError when it is missing or no number."""
@@ -77,13 +82,13 @@ def _inference_only(bench: Bench) -> Built:
 def _mps(bench: Bench) -> Built:
     policy = Mps(bench.number("thread_percentage"))
     job = sharded_job(bench.whole_layers(), bench.testbed, policy.sequence_tokens, policy.sm_limit)
-    return SteadyTuning(bench.cost, bench.layers, job, AnalyticInterference()), policy.gpu_memory_utilisation
+    return SteadyTuning(bench.cost, bench.layers, job, bench.interference), policy.gpu_memory_utilisation
 
 
 def _chunked(bench: Bench) -> Built:
     policy = Chunked(int(bench.number("chunk_tokens")))
     job = sharded_job(bench.whole_layers(), bench.testbed, policy.chunk_tokens, sm_limit=1.0)
-    return SteadyTuning(bench.cost, bench.layers, job, AnalyticInterference()), policy.gpu_memory_utilisation
+    return SteadyTuning(bench.cost, bench.layers, job, bench.interference), policy.gpu_memory_utilisation
 
 
 def _fineinfer(bench: Bench) -> Built:
@@ -103,7 +108,7 @@ def _waits(bench: Bench) -> FixedMode:
 
 def _llmstation(bench: Bench) -> Built:
     job = shared_job(bench.layers, bench.tuned_tokens(), int(bench.parameters.get("rank", 8)))
-    common = (bench.cost, bench.layers, job, AnalyticInterference())
+    common = (bench.cost, bench.layers, job, bench.interference)
     mode = bench.parameters.get("mode", "planner")
     if mode == "planner":
         planner = PlannerMode(bench.number("decode_target_s"), bool(bench.parameters.get("fused", True)))
@@ -166,7 +171,7 @@ def colocation(trial: Trial) -> Outcome:
     metrics["num_gpu_blocks"] = config.num_gpu_blocks
     notes = [bench.cost.costs.source, *workload.notes]
     if policy != "inference_only":
-        notes.insert(1, AnalyticInterference.source)
+        notes.insert(1, bench.interference.source)
     return Outcome(metrics, records.columns(), tuple(notes))
 
 

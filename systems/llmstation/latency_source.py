@@ -1,7 +1,7 @@
 """Where the planner's latencies come from: the record of past iterations, then a profile, then a regression (sheet 2.7).
 
-The paper's order is kept: what was measured in this very run wins; else an offline profile of (batch size, tuning length, phase);
-else linear regression over all profiles, which only has to be good enough for the first iterations.
+The paper's order is kept: what was measured in this very run wins; else an offline profile of (batch size, tuning
+length, phase); else linear regression over all profiles, which only has to be good enough for the first iterations.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from systems.llmstation.planner import CoRunLatencies
 
 @dataclass(frozen=True, slots=True)
 class Situation:
-    """What a decode iteration's latency depends on: sequences, their context rounded up to a bucket, tuning tokens and phase."""
+    """What an iteration's latency depends on: sequences, their context rounded up to a bucket, tuning tokens and phase."""
 
     decodes: int
     context: int
@@ -25,7 +25,7 @@ class Situation:
 
 
 class LinearRegression:
-    """Least squares from (decodes, context, tuning tokens, 1) to each latency, one fit per phase; predictions are never negative."""
+    """Least squares from (decodes, context, tuning tokens, 1) to each latency, per phase; never predicts below 0."""
 
     def __init__(self, profile: Mapping[Situation, CoRunLatencies]) -> None:
         """Fit `profile`; a phase needs at least one entry to be predictable."""

@@ -1,7 +1,8 @@
 """LLMStation's three ways to decide how much tuning runs beside serving.
 
 * `PlannerMode`: the paper's; before every decode iteration the planner bounds the tasklets by a latency target.
-* `FixedMode`: the artifact's; four numbers typed by the user: after so many tasklets, yield for so long, while anything is served.
+* `FixedMode`: the artifact's; four numbers typed by the user: after so many tasklets, yield for so long, while anything
+  is served.
 * `FeedbackMode`: ours; starts from a `FixedMode` and adjusts its waits from the P99 latencies of the last window (sheet 2.7).
 """
 
@@ -15,7 +16,7 @@ from systems.common.errors import InputError
 
 @dataclass(frozen=True, slots=True)
 class PlannerMode:
-    """`target_s` is the planner's limit for one decode iteration (the paper's SLO_d); `fused` batches tuning-forward with decode layers."""
+    """The planner's limit for one decode iteration (the paper's SLO_d), and whether forward tasklets are fused with decode layers."""
 
     target_s: float
     fused: bool = True

@@ -1,7 +1,8 @@
 """Who runs where, as data (sheet 2.8).
 
-*Tensor parallel*: every GPU runs both tasks, each split over all GPUs. *Split*: one part of the GPUs serves, the other tunes (the
-paper's 70B panels); when one part no longer carries the load, serving spills over to the tuning part, and tuning yields there.
+*Tensor parallel*: every GPU runs both tasks, each split over all GPUs. *Split*: one part of the GPUs serves, the other
+tunes (the paper's 70B panels); when one part no longer carries the load, serving spills over to the tuning part, and
+tuning yields there.
 """
 
 from __future__ import annotations

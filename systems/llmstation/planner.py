@@ -1,8 +1,8 @@
 """The planner: how many tuning tasklets may run beside the coming decode iteration (paper section 4.3; sheet 2.7).
 
 With `l_d0` the latency of one decode tasklet (one layer) alone, `l_d` beside a tuning tasklet, `l_p` of a tuning tasklet beside
-decoding, and `N_d` decode tasklets in the iteration, N tuning tasklets overlap for N l_p seconds; in that time N l_p / l_d decode
-tasklets finish and the rest run at l_d0:
+decoding, and `N_d` decode tasklets in the iteration, N tuning tasklets overlap for N l_p seconds; in that time N l_p /
+l_d decode tasklets finish and the rest run at l_d0:
 
     T = N l_p + (N_d - N l_p / l_d) l_d0  <=  SLO_d      =>      N <= (SLO_d - N_d l_d0) l_d / ((l_d - l_d0) l_p)
 
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class CoRunLatencies:
-    """Seconds: one decode layer alone (`decode_alone_s`, l_d0) and beside tuning (`decode_s`, l_d); one tuning tasklet beside decoding (l_p)."""
+    """Seconds: a decode layer alone (l_d0) and beside tuning (l_d), a tuning tasklet beside decoding (l_p)."""
 
     decode_alone_s: float
     decode_s: float
@@ -27,7 +27,8 @@ class CoRunLatencies:
 def overlapped_s(latencies: CoRunLatencies, decode_tasklets: int, tuning_tasklets: int) -> float:
     """T of the module's formula: how long the iteration takes with `tuning_tasklets` beside it.
 
-    Tuning that outlasts the decode (more than fits) runs on beside nothing that matters: the decode then took `N_d l_d` at most.
+    Tuning that outlasts the decode (more than fits) runs on beside nothing that matters: the decode then took `N_d l_d`
+    at most.
     """
     alone, shared, tuning = latencies.decode_alone_s, latencies.decode_s, latencies.tuning_s
     overlap = min(tuning_tasklets * tuning, decode_tasklets * shared)

@@ -3,7 +3,8 @@
 Each wraps the plain cost of an iteration and keeps the tuning job's progress:
 
 * `SteadyTuning`: tuning runs beside serving all the time, at most pausing between tasklets (MPS, chunked, `fixed`, `feedback`).
-* `PlannedTuning`: the planner admits tasklets per decode iteration; prompts pause tuning; an idle engine leaves it the GPU (`planner`).
+* `PlannedTuning`: the planner admits tasklets per decode iteration; prompts pause tuning; an idle engine leaves it the
+  GPU (`planner`).
 * `ExclusiveTuning`: a sample runs only while nothing is served (FineInfer).
 
 Decisions come from the same pure objects as in a real run; only durations come from cost models.
@@ -18,7 +19,7 @@ import numpy as np
 from systems.common.engine.engine import Engine
 from systems.common.engine.executor import Batch, DecodeRun
 from systems.common.engine.simulated import IterationCost, SimulatedExecutor
-from systems.common.hardware.interference import Interference, Tenant
+from systems.common.hardware.interference import Interference, Load
 from systems.llmstation.baselines.fineinfer import FineInfer
 from systems.llmstation.latency_source import LatencySource, Situation
 from systems.llmstation.modes import FeedbackMode, FixedMode, PlannerMode
@@ -74,12 +75,12 @@ class SteadyTuning(SimulatedExecutor):
         """Samples trained so far."""
         return self._passes * self._job.samples
 
-    def _shared(self, key: tuple[str, int, int], load: Tenant) -> tuple[float, float]:
+    def _shared(self, key: tuple[str, int, int], load: Load) -> tuple[float, float]:
         """Serving's slowdown and the length of a tuning pass, while both run."""
         if (known := self._known.get(key)) is None:
             pass_s = served = 0.0
             for phase in self._job.phases:
-                slow = self._interference.slowdowns(load, phase.tenant)
+                slow = self._interference.slowdowns(load, Load(phase.name, self._job.tokens, phase.tenant))
                 busy, pause = phase.seconds * slow.tuning, phase.tasklets * self._waits.wait_s(phase.name)
                 pass_s += busy + pause
                 served += busy / slow.serving + pause
@@ -90,7 +91,7 @@ class SteadyTuning(SimulatedExecutor):
         """One prompt batch, slowed by tuning."""
         tokens = sum(tokens for _, _, tokens in batch.chunks) + batch.decodes
         grain = -(-tokens // 64) * 64
-        slowdown, pass_s = self._shared(("prefill", grain, 0), self._layers.forward(grain)[1])
+        slowdown, pass_s = self._shared(("prefill", grain, 0), Load("prefill", grain, self._layers.forward(grain)[1]))
         duration_s = self.cost.batch_s(batch) * slowdown
         self._passes += duration_s / pass_s
         return duration_s
@@ -100,7 +101,9 @@ class SteadyTuning(SimulatedExecutor):
         decodes, context = batch.decodes, bucket(batch.decodes, batch.decode_context)
         key = ("decode", decodes, context)
         known = self._known.get(key)
-        slowdown, pass_s = known if known is not None else self._shared(key, self._layers.decode(decodes, context)[1])
+        if known is None:
+            known = self._shared(key, Load("decode", decodes, self._layers.decode(decodes, context)[1]))
+        slowdown, pass_s = known
         run = self.cost.decode(decodes, batch.decode_context)
         steps = min(run.steps, steps_in_bucket(decodes, batch.decode_context))
         self._run = DecodeRun(run.first_s * slowdown, run.increment_s * slowdown, steps), pass_s
@@ -190,7 +193,7 @@ class PlannedTuning(SimulatedExecutor):
         if (known := self._truth.get(situation)) is not None:
             return known
         layers, b = self._layers, situation.decodes
-        alone_s, load = layers.decode(b, situation.context)
+        alone_s, tenant = layers.decode(b, situation.context)
         phase = next(p for p in self.progress.job.phases if p.name == situation.phase)
         if self._is_fused(situation.phase):
             tokens = b + situation.tuning_tokens
@@ -198,13 +201,14 @@ class PlannedTuning(SimulatedExecutor):
             fused_s = layers.costs.layer_linear_s(tokens) + layers.reduces_s(tokens) + attention_s
             known = CoRunLatencies(alone_s, max(alone_s, fused_s), phase.tasklet_s)
         else:
-            slow = self._interference.slowdowns(load, phase.tenant)
+            tuning = Load(phase.name, situation.tuning_tokens, phase.tenant)
+            slow = self._interference.slowdowns(Load("decode", b, tenant), tuning)
             known = CoRunLatencies(alone_s, alone_s * slow.serving, phase.tasklet_s * slow.tuning)
         self._truth[situation] = known
         return known
 
     def _plan(self, situation: Situation) -> int:
-        """Tasklets for one iteration in `situation`, however many the phase has left; remembered once measured latencies are known."""
+        """Tasklets for one iteration in `situation`, however many the phase has left; remembered once it rests on the record."""
         if (known := self._plans.get(situation)) is not None:
             return known
         latencies = self.source.lookup(situation)

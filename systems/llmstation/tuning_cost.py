@@ -1,8 +1,8 @@
 """How long tuning takes, as jobs of tasklets, for every system of the figures (sheet 2.5, 3).
 
-All are LoRA on frozen base weights: the backward pass computes input gradients only, so its matrix products cost what the forward ones
-do; attention's backward costs 2.5 times its forward (FlashAttention-2, section 3.2). Adapter products are left out: rank 8 adds
-0.06 % of the FLOPs. Prices come from the same operator costs as serving.
+All are LoRA on frozen base weights: the backward pass computes input gradients only, so its matrix products cost what
+the forward ones do; attention's backward costs 2.5 times its forward (FlashAttention-2, section 3.2). Adapter products
+are left out: rank 8 adds 0.06 % of the FLOPs. Prices come from the same operator costs as serving.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Layers:
         return 2 * self.costs.all_reduce_s(int(tokens * self.shape.hidden * self.shape.dtype_bytes))
 
     def load(self, tokens: float, attention_flops: float, kv_bytes: float, busy_s: float, total_s: float) -> Tenant:
-        """The load of `tokens` tokens through one layer's weights that keep the GPU busy for `busy_s` of `total_s` seconds."""
+        """The load of `tokens` tokens through a layer's weights, busy for `busy_s` of `total_s` seconds."""
         flops = (tokens * self.shape.layer_flops_per_token + attention_flops) / self.tp
         moved = (self.shape.layer_weight_bytes + kv_bytes) / self.tp
         return Tenant(
@@ -101,7 +101,8 @@ def lora_parameters(shape: ModelShape, rank: int) -> int:
 
 
 def shared_job(layers: Layers, tokens: int, rank: int) -> TuningJob:
-    """LLMStation's and FineInfer's tuning: tensor parallel on the shared weights, no recomputation, batch 1, AdamW every sample."""
+    """LLMStation's and FineInfer's tuning: tensor parallel on the shared weights, no recomputation, batch 1, AdamW
+    every sample."""
     shape = layers.shape
     forward_s, forward = layers.forward(tokens)
     backward_s, backward = layers.backward(tokens)
@@ -121,7 +122,7 @@ def shared_job(layers: Layers, tokens: int, rank: int) -> TuningJob:
 
 
 def sharded_job(whole: Layers, testbed: Testbed, tokens: int, sm_limit: float) -> TuningJob:
-    """torchtune's tuning: FSDP over all GPUs, each with its own packed sequence of `tokens`, activation checkpointing.
+    """Torchtune's tuning: FSDP over all GPUs, each with its own packed sequence of `tokens`, activation checkpointing.
 
     A layer's weights are gathered from the other GPUs once for the forward pass and once for the backward pass (which
     recomputes the forward), overlapped with the previous layer's arithmetic; the slower of the two sets the pace.

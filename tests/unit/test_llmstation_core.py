@@ -178,8 +178,15 @@ class TestFineInfer:
         assert samples == 2 and start_s == pytest.approx(2.0, abs=POLL_S)
 
 
-@pytest.mark.parametrize(("make", "key"), [(lambda: Mps(0), "thread_percentage"), (lambda: Mps(101), "thread_percentage"),
-                                           (lambda: Chunked(0), "chunk_tokens"), (lambda: FineInfer(-1), "defer_s")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("make", "key"),
+    [
+        (lambda: Mps(0), "thread_percentage"),
+        (lambda: Mps(101), "thread_percentage"),
+        (lambda: Chunked(0), "chunk_tokens"),
+        (lambda: FineInfer(-1), "defer_s"),
+    ],
+)
 def test_knobs_out_of_range_are_refused(make, key):
     with pytest.raises(InputError, match=key):
         make()

@@ -17,7 +17,7 @@ from systems.common.workloads.build import build
 from systems.llmstation.experiments import Bench, colocation
 from systems.llmstation.modes import PlannerMode
 from systems.llmstation.simulated import PlannedTuning, bucket, steps_in_bucket
-from systems.llmstation.tuning_cost import precise_chunks_s, shared_job, sharded_job
+from systems.llmstation.tuning_cost import precise_chunks_s, sharded_job, shared_job
 
 WORKLOAD = {
     "arrivals": "poisson",
@@ -153,7 +153,7 @@ def test_planned_jumps_equal_planned_steps():
 def test_the_planner_soon_plans_with_what_it_measured():
     executor, _ = planned(0.02)
     answers = executor.source.answers
-    assert 0 < answers["regression"] and answers["record"] > 0
+    assert answers["regression"] > 0 and answers["record"] > 0
     assert set(executor._plans) <= set(executor.source._record)
 
 
@@ -184,7 +184,9 @@ def test_modes_and_policies_that_do_not_exist_are_refused():
 def test_feedback_holds_the_limits_it_is_given():
     limits = {"slo_ttft_s": 0.5, "slo_tpot_s": 0.02}
     free = metrics("llmstation", 3.0, 400, mode="fixed", **{**WAITS, "forward_wait_s": 0.0, "backward_wait_s": 0.0})
-    steered = metrics("llmstation", 3.0, 400, mode="feedback", **limits, **{**WAITS, "forward_wait_s": 0.0, "backward_wait_s": 0.0})
+    steered = metrics(
+        "llmstation", 3.0, 400, mode="feedback", **limits, **{**WAITS, "forward_wait_s": 0.0, "backward_wait_s": 0.0}
+    )
     assert free["tpot_p99_s"] > 0.02
     assert steered["tpot_p99_s"] < free["tpot_p99_s"]
     assert steered["peft_samples_per_s"] < free["peft_samples_per_s"]

@@ -30,7 +30,7 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class DecodeRun:
-    """Decode-only steps whose durations form an arithmetic progression: `first_s`, `first_s + increment_s`, …
+    """Decode-only steps whose durations form an arithmetic progression from `first_s` in steps of `increment_s`.
 
     A step's duration grows with the context it reads, and the context grows by the batch size each step, so wherever the
     cost is a straight line in the context the steps can be added up in closed form. `steps` says how far that holds.

@@ -47,11 +47,11 @@ class IterationCost:
         return self.tokenwise_s(tokens) + self.shape.layers * attention + self.head_s(batch.decodes + len(chunks))
 
     def decode(self, decodes: int, context: int) -> DecodeRun:
-        """The coming decode steps of `decodes` sequences that hold `context` tokens, as far as the cost is one straight line."""
+        """The coming decode steps of `decodes` sequences holding `context` tokens, while the cost is one straight line."""
         line = self.costs.decode_attention(decodes, context)
         fixed = self.tokenwise_s(decodes) + self.head_s(decodes)
         first = fixed + self.shape.layers * line.at(context)
-        steps = FOREVER if line.end == math.inf else max(1, -(-(int(math.ceil(line.end)) - context) // decodes))
+        steps = FOREVER if line.end == math.inf else max(1, -(-(math.ceil(line.end) - context) // decodes))
         return DecodeRun(first, self.shape.layers * line.slope_s * decodes, steps)
 
 

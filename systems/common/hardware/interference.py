@@ -3,12 +3,12 @@
 Until co-run slowdowns have been measured (`snakemake calibrate`, a later part), this analytic model stands in. It is physically
 motivated, has two assumptions and no fitted constant, and every figure that uses it says so:
 
-1. **Streaming multiprocessors (SMs).** Kernels of two processes under MPS do not mix inside an SM queue: blocks of one kernel are
-   dispatched before those of the next (the "leftover" policy). On SMs that both may use, kernels therefore alternate, and each
-   tenant gets time in proportion to the length of its kernels. On SMs that the other is not allowed to use (an MPS thread percentage, a
-   green context) a tenant is alone.
-2. **Memory bandwidth** is shared in proportion to demand. A kernel bound by memory needs `SATURATING_SMS` of the SMs to reach full
-   bandwidth, one bound by arithmetic needs all of them.
+1. **Streaming multiprocessors (SMs).** Kernels of two processes under MPS do not mix inside an SM queue: blocks of one
+   kernel are dispatched before those of the next (the "leftover" policy). On SMs that both may use, kernels therefore
+   alternate, and each tenant gets time in proportion to the length of its kernels. On SMs that the other is not allowed
+   to use (an MPS thread percentage, a green context) a tenant is alone.
+2. **Memory bandwidth** is shared in proportion to demand. A kernel bound by memory needs `SATURATING_SMS` of the SMs to
+   reach full bandwidth, one bound by arithmetic needs all of them.
 """
 
 from __future__ import annotations
@@ -54,6 +54,15 @@ class Tenant:
 
 
 @dataclass(frozen=True, slots=True)
+class Load:
+    """A tenant in one of its phases: `decode` with `size` sequences, `prefill` or a tuning phase with `size` tokens."""
+
+    phase: str
+    size: int
+    tenant: Tenant
+
+
+@dataclass(frozen=True, slots=True)
 class Slowdowns:
     """How many times longer each of two tenants takes while both run, against running alone and unlimited; at least 1."""
 
@@ -69,7 +78,7 @@ class Interference(Protocol):
         """For a figure's footer."""
         ...
 
-    def slowdowns(self, serving: Tenant, tuning: Tenant) -> Slowdowns:
+    def slowdowns(self, serving: Load, tuning: Load) -> Slowdowns:
         """Slowdowns while both run."""
         ...
 
@@ -79,8 +88,12 @@ class AnalyticInterference:
 
     source = "co-run slowdowns analytic (alternating kernels, shared bandwidth), not measured"
 
-    def slowdowns(self, serving: Tenant, tuning: Tenant) -> Slowdowns:
-        """Slowdowns while both run."""
+    def slowdowns(self, serving: Load, tuning: Load) -> Slowdowns:
+        """Slowdowns while both run, from what the two tenants ask of the GPU."""
+        return self.of(serving.tenant, tuning.tenant)
+
+    def of(self, serving: Tenant, tuning: Tenant) -> Slowdowns:
+        """Slowdowns of two tenants, whatever their phases are called."""
         serving_speed = min(1.0, self._sms_left(serving, tuning) / max(serving.sms_needed, 1e-9))
         # the tuning side gets the SMs that serving does not keep busy, within its own limit
         sms = min(tuning.sm_limit, max(1.0 - serving_speed * serving.sms_needed, self._sms_left(tuning, serving)))

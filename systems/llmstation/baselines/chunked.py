@@ -1,7 +1,7 @@
 """Chunked training (FlexLLM-style), the lossy variant of Figures 8, 9, 10 and 13 (sheet 3).
 
-Stock torchtune on packed sequences as long as one chunk, so no attention across chunks, beside vLLM with no thread limit; throughput is
-still counted per 512 tokens. The precise variant of Figure 4 is `tuning_cost.precise_chunks_s`.
+Stock torchtune on packed sequences as long as one chunk, so no attention across chunks, beside vLLM with no thread
+limit; throughput is still counted per 512 tokens. The precise variant of Figure 4 is `tuning_cost.precise_chunks_s`.
 """
 
 from __future__ import annotations

@@ -30,8 +30,8 @@ class FineInfer:
     def window(self, idle_from_s: float, arrival_s: float, sample_s: float) -> tuple[int, float]:
         """Samples that tuning runs between the engine's falling idle and its next start, and when that start is.
 
-        Samples begin back to back until the prompt has been held back for `defer_s`; the engine notices the end of the last one at
-        its next poll, every 5 ms.
+        Samples begin back to back until the prompt has been held back for `defer_s`; the engine notices the end of the
+        last one at its next poll, every 5 ms.
         """
         open_until_s = arrival_s + self.defer_s
         samples = max(0, math.ceil((open_until_s - idle_from_s) / sample_s))

@@ -1,7 +1,7 @@
 """vLLM + torchtune: two processes under NVIDIA MPS, two copies of the base weights (sheet 3).
 
-The thread percentage caps torchtune only: it is exported after vLLM has started. torchtune trains with FSDP over the GPUs that vLLM
-serves with tensor parallelism, packed samples of 512 tokens, activation checkpointing on.
+The thread percentage caps torchtune only: it is exported after vLLM has started. torchtune trains with FSDP over the
+GPUs that vLLM serves with tensor parallelism, packed samples of 512 tokens, activation checkpointing on.
 """
 
 from __future__ import annotations
