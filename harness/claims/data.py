@@ -39,6 +39,16 @@ class Table:
         found = ((self.point(row), _number(row.get(column or self.objective))) for row in self.select(series, at))
         return {point: number for point, number in found if number is not None}
 
+    def lines(self, series: str, at: At, column: str | None, along: str) -> dict[Point, dict[float, float]]:
+        """The numbers of `series` by level of the factor `along`, levels rising; one line per combination of the others."""
+        place = self.factors.index(along)
+        lines: dict[Point, dict[float, float]] = {}
+        for point, number in self.numbers(series, at, column).items():
+            level = _number(point[place])
+            if level is not None:
+                lines.setdefault(point[:place] + point[place + 1 :], {})[level] = number
+        return {others: dict(sorted(line.items())) for others, line in lines.items()}
+
     def say(self, point: Point) -> str:
         """`point` in words, e.g. `rate_rps=0.5`."""
         return ", ".join(f"{name}={_short(level)}" for name, level in zip(self.factors, point, strict=True))
@@ -56,7 +66,8 @@ def read_table(path: Path, factors: Sequence[str], objective: str) -> Table:
             rows = tuple(_row(raw) for raw in reader)
             header = reader.fieldnames or []
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(path, "table", str(error), "draw the figure again to write it anew") from error
+        what = getattr(error, "strerror", None) or str(error)
+        raise InputError(path, "table", what, "draw the figure again to write it anew") from error
     for name in ("series", *factors, objective):
         if name not in header:
             raise InputError(path, "columns", ", ".join(header), f"column {name} is missing: draw the figure again")
@@ -88,15 +99,13 @@ def _meets(cell: Cell, want: Range | Level) -> bool:
     if not isinstance(want, Range):
         return _same(cell, want)
     number = _number(cell)
-    if number is None:
-        return False
-    return (want.min is None or number >= want.min) and (want.max is None or number <= want.max)
+    return number is not None and want.holds(number)
 
 
 def _same(cell: Cell, want: Level) -> bool:
-    if isinstance(want, float) and isinstance(cell, float):
-        return math.isclose(cell, want, rel_tol=1e-9)  # a level is typed by hand and may have been through a CSV file
-    return type(cell) is type(want) and cell == want
+    if isinstance(want, bool | str) or isinstance(cell, bool | str | None):
+        return type(cell) is type(want) and cell == want
+    return math.isclose(cell, want, rel_tol=1e-9)  # one was typed by hand, the other may have been through a CSV file
 
 
 def _short(level: Cell) -> str:

@@ -8,12 +8,12 @@ not testable here. A ratio over 0 says nothing: it is left out, and the judgemen
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum
-from functools import singledispatch
+from dataclasses import dataclass
 from itertools import pairwise
 
-from harness.claims.data import Point, Table
+from harness.claims.crossing import judge_crossing
+from harness.claims.data import Table
+from harness.claims.judgement import Judgement, Status, expected, untestable
 from harness.claims.models import (
     AtLeast,
     Claim,
@@ -21,31 +21,12 @@ from harness.claims.models import (
     Equals,
     Monotone,
     Ordering,
-    Range,
     RatioBetween,
-    Statement,
     ZeroAt,
     series_of,
 )
 
-
-class Status(StrEnum):
-    """What our table says about a claim of the paper."""
-
-    REPRODUCED = "reproduced"
-    DIFFERS = "differs"
-    NOT_TESTABLE = "not testable here"
-
-
-@dataclass(frozen=True, slots=True)
-class Judgement:
-    """`measured` is our number and `expected` the paper's, as shown; `numbers` are the same for programs."""
-
-    status: Status
-    measured: str
-    expected: str
-    reason: str = ""
-    numbers: Mapping[str, float] = field(default_factory=dict)
+__all__ = ["Judgement", "Status", "evaluate", "expected"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,177 +40,125 @@ class _Value:
 def evaluate(claim: Claim, table: Table) -> Judgement:
     """What `table` says about `claim`."""
     column = claim.column or table.objective
+    if not table.rows:
+        return untestable(claim, "the table is empty")
     if all(column not in row for row in table.rows):
-        return Judgement(Status.NOT_TESTABLE, "-", expected(claim), f"the table has no column {column}")
-    return _judge(claim, table)
-
-
-def expected(claim: Claim) -> str:
-    """The paper's number, as shown beside ours."""
+        return untestable(claim, f"the table has no column {column}")
     match claim:
         case RatioBetween():
-            text = f"{claim.low:g} to {claim.high:g}"
+            return _ratio_between(claim, table)
         case AtLeast():
-            text = f"at least {claim.value:g}"
+            return _at_least(claim, table)
         case Ordering():
-            text = (" >= " if claim.direction == "falling" else " <= ").join(claim.series)
+            return _ordering(claim, table)
         case ZeroAt():
-            text = "0"
+            return _every(claim, table, _numbers(claim, table), lambda x: abs(x) - claim.tolerance)
         case Monotone():
-            text = f"{claim.direction} along {claim.along}"
-        case Equals():
-            text = f"{claim.value:g}" if claim.value == round(claim.value, 4) else repr(claim.value)
+            return _monotone(claim, table)
         case Crossing():
-            text = _expected_crossing(claim)
-    return text
+            return judge_crossing(claim, table)
+        case Equals():
+            slack = claim.tolerance * (abs(claim.value) or 1.0)
+            return _every(claim, table, _numbers(claim, table), lambda x: abs(x - claim.value) - slack)
 
 
-def _expected_crossing(claim: Crossing) -> str:
-    parts = [f"before {', '.join(claim.before)}"] if claim.before else []
-    parts += [f"together with {', '.join(claim.together_with)}"] if claim.together_with else []
-    if claim.within:
-        ends = (claim.within.min, claim.within.max)
-        parts.append(" to ".join("any" if end is None else f"{end:g}" for end in ends))
-    return f"{claim.series} {'; '.join(parts)}"
-
-
-@singledispatch
-def _judge(claim: Statement, table: Table) -> Judgement:
-    raise NotImplementedError(type(claim))
-
-
-@_judge.register
-def _(claim: RatioBetween, table: Table) -> Judgement:
-    values, left_out = _ratios(table, claim, (claim.series,), claim.over)
+def _ratio_between(claim: RatioBetween, table: Table) -> Judgement:
     low, high = claim.low - claim.tolerance * abs(claim.low), claim.high + claim.tolerance * abs(claim.high)
-    return _judge_all(claim, table, values, lambda value: low <= value <= high, left_out)
+    values, left_out = _ratios(table, claim, (claim.series,), claim.over)
+    return _every(claim, table, values, lambda x: max(low - x, x - high), left_out)
 
 
-@_judge.register
-def _(claim: AtLeast, table: Table) -> Judgement:
-    if claim.over:
-        values, left_out = _ratios(table, claim, claim.series, claim.over)
-    else:
-        values, left_out = _numbers(table, claim, claim.series), ""
+def _at_least(claim: AtLeast, table: Table) -> Judgement:
     floor = claim.value - claim.tolerance * abs(claim.value)
-    return _judge_all(claim, table, values, lambda value: value >= floor, left_out)
+    if not claim.over:
+        return _every(claim, table, _numbers(claim, table), lambda x: floor - x)
+    values, left_out = _ratios(table, claim, claim.series, claim.over)
+    return _every(claim, table, values, lambda x: floor - x, left_out)
 
 
-@_judge.register
-def _(claim: ZeroAt, table: Table) -> Judgement:
-    return _judge_all(claim, table, _numbers(table, claim, claim.series), lambda value: abs(value) <= claim.tolerance)
-
-
-@_judge.register
-def _(claim: Equals, table: Table) -> Judgement:
-    slack = claim.tolerance * (abs(claim.value) or 1.0)
-    return _judge_all(
-        claim, table, _numbers(table, claim, (claim.series,)), lambda value: abs(value - claim.value) <= slack
-    )
-
-
-@_judge.register
-def _(claim: Ordering, table: Table) -> Judgement:
+def _ordering(claim: Ordering, table: Table) -> Judgement:
     sign = 1 if claim.direction == "falling" else -1
-    values = []
+    pairs = []
     for first, second in pairwise(claim.series):
         ours, theirs = (table.numbers(name, claim.at, claim.column) for name in (first, second))
-        for point in _common(ours, theirs):
+        for point in (point for point in ours if point in theirs):
             lead = sign * (ours[point] - theirs[point]) + claim.tolerance * abs(theirs[point])
-            where = f"{first} {ours[point]:.4g}, {second} {theirs[point]:.4g} at {table.say(point)}"
-            values.append(_Value(where, lead))
-    broken = [value for value in values if value.number < 0]
-    measured = f"holds for {len(values) - len(broken)} of {len(values)} pairs"
-    numbers = {"pairs": float(len(values)), "broken": float(len(broken))}
-    reason = f"e.g. {min(broken, key=lambda value: value.number).where}" if broken else ""
-    return _conclude(claim, table, bool(broken), bool(values), measured, reason, numbers)
+            pairs.append(_Value(f"{first} {ours[point]:.4g}, {second} {theirs[point]:.4g} at {table.say(point)}", lead))
+    return _counted(claim, table, pairs, "pairs")
 
 
-@_judge.register
-def _(claim: Monotone, table: Table) -> Judgement:
+def _monotone(claim: Monotone, table: Table) -> Judgement:
     sign = 1 if claim.direction == "rising" else -1
-    steps, broken = 0, []
+    steps = []
     for name in claim.series:
-        for line in _lines(table, claim, name, claim.along).values():
+        for line in table.lines(name, claim.at, claim.column, claim.along).values():
             for (x0, y0), (x1, y1) in pairwise(line.items()):
-                steps += 1
-                if sign * (y1 - y0) < -claim.tolerance * abs(y0):
-                    broken.append(f"{name} from {y0:.4g} at {claim.along}={x0:g} to {y1:.4g} at {x1:g}")
-    measured = f"holds for {steps - len(broken)} of {steps} steps"
-    numbers = {"steps": float(steps), "broken": float(len(broken))}
-    reason = f"e.g. {broken[0]}" if broken else ""
-    return _conclude(claim, table, bool(broken), steps > 0, measured, reason, numbers)
+                rise = sign * (y1 - y0) + claim.tolerance * abs(y0)
+                steps.append(_Value(f"{name} {y0:.4g} at {claim.along}={x0:g}, {y1:.4g} at {x1:g}", rise))
+    return _counted(claim, table, steps, "steps")
 
 
-@_judge.register
-def _(claim: Crossing, table: Table) -> Judgement:
-    lines = {name: _lines(table, claim, name, claim.along) for name in series_of(claim)}
-    groups = list(dict.fromkeys(group for by_group in lines.values() for group in by_group))
-    if not groups:
-        return _untestable(claim, f"no numbers for {', '.join(lines)} along {claim.along}")
-    judged = [_judge_crossing(claim, {name: by_group.get(group, {}) for name, by_group in lines.items()}) for group in groups]
-    # one group that differs decides; otherwise one that cannot be tested does
-    worst = [j for status in (Status.DIFFERS, Status.NOT_TESTABLE) for j in judged if j.status is status]
-    return (worst or judged)[0]
+def _numbers(claim: AtLeast | ZeroAt | Equals, table: Table) -> list[_Value]:
+    names = (claim.series,) if isinstance(claim.series, str) else claim.series
+    return [
+        _Value(f"{name} at {table.say(point)}", number)
+        for name in names
+        for point, number in table.numbers(name, claim.at, claim.column).items()
+    ]
 
 
-def _judge_crossing(claim: Crossing, lines: Mapping[str, Mapping[float, float]]) -> Judgement:
-    """`lines` gives, by series, the numbers by level of the factor, levels rising; the other factors are held."""
-    levels = sorted({level for line in lines.values() for level in line})
-    gaps = [f"{name} at {claim.along}={level:g}" for name, line in lines.items() for level in levels if level not in line]
-    if gaps:
-        return _untestable(claim, f"no number for {', '.join(gaps[:3])}{' and more' if len(gaps) > 3 else ''}")
-    compared = [claim.series, *claim.before, *claim.together_with]
-    found = {name: _first_crossing(claim, lines[name], lines.get(claim.under or "", {})) for name in dict.fromkeys(compared)}
-    measured = "; ".join(f"{name} {'never' if x is None else f'at {x:g}'}" for name, x in found.items())
-    numbers = {name: x for name, x in found.items() if x is not None}
-    beyond = claim.within is not None and (claim.within.max is None or claim.within.max > levels[-1])
-    if found[claim.series] is None and len(numbers) == 0 and (claim.within is None or beyond):
-        return _untestable(claim, f"none comes down by {claim.along}={levels[-1]:g}, the last level here", measured)
-    reason = _why_not(claim, found)
-    return Judgement(Status.DIFFERS if reason else Status.REPRODUCED, measured, expected(claim), reason, numbers)
+def _ratios(table: Table, claim: Claim, series: Sequence[str], over: Sequence[str]) -> tuple[list[_Value], str]:
+    """Every ratio that the claim speaks about, and in words what had to be left out."""
+    values, zeros, absent = [], 0, 0
+    for name in series:
+        ours = table.numbers(name, claim.at, claim.column)
+        for base in over:
+            theirs = table.numbers(base, claim.at, claim.column)
+            absent += len(ours.keys() ^ theirs.keys())
+            zeros += sum(theirs[point] == 0 for point in ours if point in theirs)
+            values += [
+                _Value(f"{name} over {base} at {table.say(point)}", number / theirs[point])
+                for point, number in ours.items()
+                if theirs.get(point, 0) != 0
+            ]
+    said = [f"left out: {zeros} with {' or '.join(over)} at 0"] if zeros else []
+    said += [f"left out: {absent} with a number missing"] if absent else []
+    return values, "; ".join(said)
 
 
-def _first_crossing(claim: Crossing, line: Mapping[float, float], other: Mapping[float, float]) -> float | None:
-    for x, y in line.items():
-        if y < other[x] if claim.level is None else y <= claim.level + claim.tolerance * abs(claim.level):
-            return x
-    return None
-
-
-def _why_not(claim: Crossing, found: Mapping[str, float | None]) -> str:
-    """Why the crossings `found` break the claim; empty where they do not."""
-    own = found[claim.series]
-    if own is None:
-        return f"{claim.series} does not come down"
-    if claim.within and not _inside(own, claim.within):
-        return f"{claim.series} comes down outside the range"
-    for name in claim.before:
-        other = found[name]
-        if other is not None and other <= own:
-            return f"{name} comes down {'at the same level' if other == own else 'earlier'}"
-    for name in claim.together_with:
-        if found[name] != own:
-            return f"{name} comes down at another level"
-    return ""
-
-
-def _inside(x: float, within: Range) -> bool:
-    return (within.min is None or x >= within.min) and (within.max is None or x <= within.max)
-
-
-def _judge_all(
-    claim: Claim, table: Table, values: Sequence[_Value], holds: Callable[[float], bool], left_out: str = ""
+def _every(
+    claim: Claim, table: Table, values: Sequence[_Value], excess: Callable[[float], float], left_out: str = ""
 ) -> Judgement:
-    """A statement that must hold for each of `values`."""
-    broken = [value for value in values if not holds(value.number)]
+    """A statement that must hold for each of `values`; `excess` is above 0 by as much as a number breaks it."""
+    broken = [value for value in values if excess(value.number) > 0]
     numbers = {"points": float(len(values)), "broken": float(len(broken))}
-    measured = "-"
+    measured, reason = "-", left_out
     if values:
         low, high = min(value.number for value in values), max(value.number for value in values)
         numbers |= {"min": low, "max": high}
-        measured = _span(low, high)
-    worst = max(broken, key=lambda value: _outside(value.number, broken), default=None)
-    reason = f"{len(broken)} of {len(values)} break it, e.g. {worst.where}: {worst.number:.6g}" if worst else ""
-    reason = "; ".join(part for part in (reason, left_out) if part)
-    return _conclude(claim, table, bool(broken), bool(values), measured, reason, numbers)
+        measured = f"{low:.6g}" if low == high else f"{low:.4g} to {high:.4g}"
+    if broken:
+        worst = max(broken, key=lambda value: excess(value.number))
+        said = f"{len(broken)} of {len(values)} outside, worst {worst.where}: {worst.number:.6g}"
+        reason = f"{said}; {left_out}" if left_out else said
+    return _conclude(claim, table, measured, reason, numbers)
+
+
+def _counted(claim: Claim, table: Table, leads: Sequence[_Value], noun: str) -> Judgement:
+    """A statement about comparisons: each of `leads` says by how much one holds, below 0 where it does not."""
+    broken = [lead for lead in leads if lead.number < 0]
+    measured = f"holds for {len(leads) - len(broken)} of {len(leads)} {noun}"
+    worst = min(broken, key=lambda lead: lead.number).where if broken else ""
+    numbers = {"points": float(len(leads)), "broken": float(len(broken))}
+    return _conclude(claim, table, measured, f"worst: {worst}" if worst else "", numbers)
+
+
+def _conclude(claim: Claim, table: Table, measured: str, reason: str, numbers: Mapping[str, float]) -> Judgement:
+    if numbers["broken"]:
+        return Judgement(Status.DIFFERS, measured, expected(claim), reason, numbers)
+    absent = [name for name in series_of(claim) if not table.numbers(name, claim.at, claim.column)]
+    if absent:
+        return untestable(claim, f"no number here for {', '.join(absent)}", measured)
+    if not numbers["points"]:
+        return untestable(claim, reason or "nothing to compare at these points", "-")
+    return Judgement(Status.REPRODUCED, measured, expected(claim), reason, numbers)

@@ -33,6 +33,10 @@ class Range(_Strict):
             raise ValueError(f"min {self.min:g} is above max {self.max:g}")
         return self
 
+    def holds(self, number: float) -> bool:
+        """Whether `number` lies in it."""
+        return (self.min is None or number >= self.min) and (self.max is None or number <= self.max)
+
 
 At = Mapping[str, Range | Level]
 

@@ -1,0 +1,1 @@
+"""One module per plot kind; each has `build(table, plot)`, which returns a matplotlib figure."""
