@@ -10,11 +10,15 @@ from pathlib import Path
 from systems.common.errors import InputError
 from systems.common.hardware.cost import Affine, Chunk, OperatorCosts
 from systems.common.hardware.datasheet import GPUS, Gpu, Testbed, gpu, parse_testbed
-from systems.common.hardware.roofline import Efficiencies, RooflineCosts
+from systems.common.hardware.efficiencies import Efficiencies, default_efficiencies
+from systems.common.hardware.roofline import RooflineCosts
+from systems.common.hardware.table_costs import PublishedLinearCosts, TableCosts
+from systems.common.hardware.tables import read_kernel_tables, read_linear_table
 from systems.common.models import ModelShape, model
 
 __all__ = [
-    "GPUS", "Affine", "Chunk", "Efficiencies", "Gpu", "OperatorCosts", "RooflineCosts", "Testbed", "costs", "gpu", "parse_testbed",
+    "GPUS", "Affine", "Chunk", "Efficiencies", "Gpu", "OperatorCosts", "PublishedLinearCosts", "RooflineCosts", "TableCosts",
+    "Testbed", "costs", "default_efficiencies", "gpu", "parse_testbed",
 ]  # fmt: skip
 
 SOURCES = ("roofline", "published")
@@ -34,12 +38,12 @@ def costs(
         shape: a model shape, or its name in `MODELS`.
         testbed: GPUs, or a name such as `rtx3090x2`.
         tp: tensor-parallel degree, at most the testbed's number of GPUs.
-        source: `roofline`, or `published` for a folder of tables (`operators`).
-        operators: a folder of operator tables (docs/hardware.md); needed by, and implies, `published`.
+        source: `roofline`, or `published` for tables in `operators`.
+        operators: a folder of kernel times or a CSV of linear operators (docs/hardware.md); implies `published`.
         dtype: number format instead of the shape's own.
 
     Raises:
-        InputError: unknown names, more GPUs asked than there are, an unusable table.
+        InputError: unknown names, more GPUs asked than there are, `published` without tables, an unusable table.
     """
     shape = model(shape) if isinstance(shape, str) else shape
     testbed = parse_testbed(testbed) if isinstance(testbed, str) else testbed
@@ -48,5 +52,21 @@ def costs(
         raise InputError("hardware", "source", source, f"use one of {', '.join(SOURCES)}")
     if not 1 <= tp <= testbed.count:
         raise InputError("hardware", "tp", tp, f"use 1 to {testbed.count}, the GPUs of {testbed.name}")
-    testbed.gpu.dtype(shape.dtype)
-    return RooflineCosts(shape, testbed.gpu, tp, Efficiencies(launch_s=testbed.gpu.launch_s))
+    testbed.gpu.dtype(shape.dtype)  # refuses a format that the GPU cannot compute in
+    roofline = RooflineCosts(shape, testbed.gpu, tp, default_efficiencies(testbed.gpu))
+    if operators is not None:
+        return _published(operators, roofline)
+    if source == "published":
+        raise InputError(
+            "hardware", "operators", None, "give a folder or CSV of operator tables; docs/hardware.md describes them"
+        )
+    return roofline
+
+
+def _published(operators: Path, rest: RooflineCosts) -> OperatorCosts:
+    """Costs from a folder of kernel times, or from a CSV of linear operators."""
+    if operators.suffix == ".csv":
+        return PublishedLinearCosts(read_linear_table(operators, rest.tp, rest.model), rest)
+    tables = read_kernel_tables(operators, rest.tp)
+    tables.meta.check(rest.model, rest.gpu.name, GPUS)
+    return TableCosts(tables, rest)

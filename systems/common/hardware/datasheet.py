@@ -46,7 +46,7 @@ class Gpu:
 
     def link(self, gpus: int) -> float:
         """Bytes/s per direction between neighbours in a ring of `gpus`: its slowest hop."""
-        return self.nvlink if gpus <= self.nvlink_gpus else self.pcie
+        return self.nvlink if self.nvlink and gpus <= self.nvlink_gpus else self.pcie
 
     def dtype(self, wanted: str) -> str:
         """The format that this GPU computes `wanted` in: fp16 for bf16 on GPUs older than Ampere, tf32 as fp32 there.

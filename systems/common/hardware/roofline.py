@@ -1,101 +1,33 @@
 """Operator times from a datasheet: max(FLOPs / (peak x efficiency), bytes / (bandwidth x efficiency)) + launch.
 
-Contents:
-
-* `Efficiencies`: which share of the datasheet's peaks each class of operator reaches. All ones is the bare datasheet.
-* `gemm_s`, `elementwise_s`: the two roofline formulas, used by `RooflineCosts` and by the fit, so that both mean the same.
-* `RooflineCosts`: the roofline as an `OperatorCosts` for one model shape, GPU and tensor-parallel degree.
-
-Tensor parallelism follows Megatron-LM (arXiv 1909.08053, section 3): q, k, v, gate and up are split by column, output
-and down by row, the vocabulary across the GPUs; norms are repeated on every GPU.
+The maximum is rounded where its two sides meet (`Efficiencies.knee`): a kernel that is bound by both overlaps them
+imperfectly, and decode batches of 64 to 256 sequences live there. What each operator does is in `work`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
+from math import ceil
 
+from systems.common.hardware.attention import TILE_ROWS, keys_walked
 from systems.common.hardware.cost import Affine, Chunk
 from systems.common.hardware.datasheet import Gpu
+from systems.common.hardware.efficiencies import Efficiencies, rounded_max
+from systems.common.hardware.work import (
+    decode_row_bytes,
+    elementwise_bytes,
+    gemm_shapes,
+    gemm_work,
+    kv_heads_per_gpu,
+    prefill_bytes,
+    ring_bytes,
+)
 from systems.common.models import ModelShape
 
 SAMPLER_KERNELS = 8  # soft-max, top-k/top-p filter, draw: what vLLM's greedy-plus-temperature sampler launches
 SAMPLER_BYTES_PER_LOGIT = 14  # read in 16 bits, written as fp32, read twice more
-
-
-@dataclass(frozen=True, slots=True)
-class Efficiencies:
-    """The reached share of each peak, by class of operator, and the fixed times that no datasheet states.
-
-    A share above 1 is possible for `elementwise` and `decode_attention`: data that stay in L2 beat the memory's
-    bandwidth. `launch_s` is added to every kernel, `all_reduce_latency_s` to every all-reduce per GPU in the ring
-    beyond the first. `source` says where the numbers come from and is shown in figure footers.
-    """
-
-    gemm_compute: float = 1.0
-    gemm_memory: float = 1.0
-    prefill_attention: float = 1.0
-    decode_attention: float = 1.0
-    elementwise: float = 1.0
-    all_reduce: float = 1.0
-    launch_s: float = 3e-6
-    all_reduce_latency_s: float = 10e-6
-    source: str = "datasheet"
-
-    def __post_init__(self) -> None:
-        shares = (self.gemm_compute, self.gemm_memory, self.prefill_attention, self.decode_attention)
-        assert min(*shares, self.elementwise, self.all_reduce) > 0, self
-        assert self.launch_s >= 0 and self.all_reduce_latency_s >= 0, self
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """What one kernel does: floating-point operations and bytes that cross the memory bus."""
-
-    flops: float
-    bytes: float
-
-
-def gemm_work(rows: int, inner: float, columns: float, dtype_bytes: float) -> Work:
-    """A product of (rows x inner) activations with (inner x columns) weights; both and the result cross the bus once."""
-    moved = (inner * columns + rows * (inner + columns)) * dtype_bytes
-    return Work(2.0 * rows * inner * columns, moved)
-
-
-def gemm_s(work: Work, gpu: Gpu, flops_per_s: float, efficiencies: Efficiencies) -> float:
-    """Seconds of one matrix product."""
-    compute = work.flops / (flops_per_s * efficiencies.gemm_compute)
-    memory = work.bytes / (gpu.bandwidth * efficiencies.gemm_memory)
-    return max(compute, memory) + efficiencies.launch_s
-
-
-def elementwise_s(moved_bytes: float, gpu: Gpu, efficiencies: Efficiencies) -> float:
-    """Seconds of one kernel that only moves bytes."""
-    return moved_bytes / (gpu.bandwidth * efficiencies.elementwise) + efficiencies.launch_s
-
-
-def gemm_shapes(model: ModelShape, tp: int) -> dict[str, tuple[float, float]]:
-    """(inner, columns) of one layer's matrix products on one of `tp` GPUs, by operator name."""
-    return {
-        "qkv_proj": (model.hidden, (model.q_width + 2 * model.kv_width) / tp),
-        "o_proj": (model.q_width / tp, model.hidden),
-        "gate_up_proj": (model.hidden, model.up_width / tp),
-        "down_proj": (model.mlp / tp, model.hidden),
-    }
-
-
-def elementwise_bytes(model: ModelShape, tp: int) -> dict[str, float]:
-    """Bytes per token that one layer's other kernels move on one of `tp` GPUs, by operator name.
-
-    `layernorm` (there are two) adds the residual in the same kernel: it reads and writes two rows.
-    """
-    size = model.dtype_bytes
-    rotary = 0.0 if model.positions else 2 * (model.q_width + model.kv_width) / tp * size
-    return {
-        "layernorm": 4 * model.hidden * size,
-        "rotary_emb": rotary,
-        "act_fn": (model.up_width + model.mlp) / tp * size,
-    }
 
 
 @dataclass(frozen=True)
@@ -105,9 +37,9 @@ class RooflineCosts:
     model: ModelShape
     gpu: Gpu
     tp: int = 1
-    efficiencies: Efficiencies = Efficiencies()
+    efficiencies: Efficiencies = field(default_factory=Efficiencies)
     _linear: dict[int, float] = field(default_factory=dict, init=False, repr=False, compare=False)
-    _heads: dict[int, float] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _head: dict[int, float] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         assert self.tp >= 1, self
@@ -127,11 +59,13 @@ class RooflineCosts:
     def gemm_s(self, rows: int, inner: float, columns: float) -> float:
         """Seconds of a product of (rows x inner) with (inner x columns) in the model's number format."""
         work = gemm_work(rows, inner, columns, self.model.dtype_bytes)
-        return gemm_s(work, self.gpu, self.flops_per_s, self.efficiencies)
+        compute = work.flops / (self.flops_per_s * self.efficiencies.gemm_compute)
+        memory = work.bytes / (self.gpu.bandwidth * self.efficiencies.gemm_memory)
+        return rounded_max(compute, memory, self.efficiencies.knee) + self.efficiencies.gemm_launch_s
 
     def elementwise_s(self, moved_bytes: float) -> float:
-        """Seconds of a kernel that moves `moved_bytes`."""
-        return elementwise_s(moved_bytes, self.gpu, self.efficiencies)
+        """Seconds of a kernel that only moves `moved_bytes`."""
+        return moved_bytes / (self.gpu.bandwidth * self.efficiencies.elementwise) + self.efficiencies.launch_s
 
     def operators_s(self, tokens: int) -> dict[str, float]:
         """Seconds per token-wise operator of one layer; the two norms appear as one entry for each of them."""
@@ -150,9 +84,9 @@ class RooflineCosts:
 
     def head_s(self, sequences: int) -> float:
         """See `OperatorCosts`. The head is split over the vocabulary; its rows are gathered before sampling."""
-        found = self._heads.get(sequences)
+        found = self._head.get(sequences)
         if found is None:
-            found = self._heads[sequences] = self._head_s(sequences) if sequences else 0.0
+            found = self._head[sequences] = self._head_s(sequences) if sequences else 0.0
         return found
 
     def _head_s(self, sequences: int) -> float:
@@ -179,49 +113,65 @@ class RooflineCosts:
         return self.elementwise_s(2 * tokens * row) + self.elementwise_s(4 * tokens * row)
 
     def attention_s(self, chunks: Sequence[Chunk], decodes: int, decode_context: int) -> float:
-        """See `OperatorCosts`. One fused kernel: its parts add, its launch is counted once."""
+        """See `OperatorCosts`. One fused kernel: its parts add, its launch is counted once.
+
+        Beside a prefill, a decode is a tile with one row of its 64 in use: it walks its keys at the prefill's pace, or
+        at the memory's where that is slower.
+        """
         if not chunks:
             return self.decode_attention(decodes, decode_context).at(decode_context)
-        parts = sum(self._chunk_s(chunk) for chunk in chunks)
-        return parts + self.efficiencies.launch_s + self._decode_part_s(decodes, decode_context)
+        decode = decodes * self._row_s + decode_context * self._mixed_key_s
+        return self.efficiencies.attention_launch_s + self._prefill_s(chunks) + decode
 
-    def decode_attention(self, decodes: int, decode_context: int) -> Affine:  # noqa: ARG002 (one line for every context)
-        """See `OperatorCosts`: one straight line for all contexts."""
+    def decode_attention(self, decodes: int, decode_context: int) -> Affine:
+        """See `OperatorCosts`: one straight line holds for every context."""
         if not decodes:
             return Affine(0.0, 0.0)
-        return Affine(self.efficiencies.launch_s + decodes * self._row_s, self._key_s)
+        return Affine(self.efficiencies.attention_launch_s + decodes * self._row_s, self._key_s)
 
-    def _decode_part_s(self, decodes: int, decode_context: int) -> float:
-        return decodes * self._row_s + decode_context * self._key_s if decodes else 0.0
+    @cached_property
+    def _heads(self) -> int:
+        return ceil(self.model.heads / self.tp)
 
-    @property
+    @cached_property
     def _row_s(self) -> float:
-        """Seconds to read one token's query and write its output."""
-        moved = 2 * self.model.q_width / self.tp * self.model.dtype_bytes
-        return moved / (self.gpu.bandwidth * self.efficiencies.decode_attention)
+        """Seconds per decode whatever its context: its query and output, and a thread block per KV head."""
+        blocks = kv_heads_per_gpu(self.model, self.tp) / self.gpu.sms
+        return self._attention_bytes_s(decode_row_bytes(self.model, self.tp)) + blocks * self.efficiencies.attention_block_s
 
-    @property
+    @cached_property
     def _key_s(self) -> float:
-        """Seconds that a decode spends per token in its KV cache."""
-        memory = self.model.layer_kv_bytes_per_token / self.tp / (self.gpu.bandwidth * self.efficiencies.decode_attention)
+        """Seconds per token in the KV cache of a decode: the query heads of a group share what is read."""
         compute = 4 * self.model.q_width / self.tp / (self.flops_per_s * self.efficiencies.prefill_attention)
-        return max(memory, compute)
+        return max(self._attention_bytes_s(self._key_bytes), compute)
 
-    def _chunk_s(self, chunk: Chunk) -> float:
-        """Seconds of one prefill chunk, without the launch."""
-        flops = self.model.layer_attention_flops(chunk.tokens, chunk.past) / self.tp
-        rows = 2 * chunk.tokens * self.model.q_width * self.model.dtype_bytes
-        keys = (chunk.tokens + chunk.past) * self.model.layer_kv_bytes_per_token
-        compute = flops / (self.flops_per_s * self.efficiencies.prefill_attention)
-        memory = (rows + keys) / self.tp / (self.gpu.bandwidth * self.efficiencies.decode_attention)
-        return max(compute, memory)
+    @cached_property
+    def _mixed_key_s(self) -> float:
+        """Seconds per token in the KV cache of a decode that shares its kernel with a prefill."""
+        return max(self._attention_bytes_s(self._key_bytes), self._heads * self._tile_key_s / self.gpu.sms)
+
+    @cached_property
+    def _tile_key_s(self) -> float:
+        """Seconds in which one SM takes a tile past one key."""
+        flops = 4 * TILE_ROWS * self.model.head_dim
+        return flops / (self.flops_per_s / self.gpu.sms * self.efficiencies.prefill_attention)
+
+    @cached_property
+    def _key_bytes(self) -> float:
+        return kv_heads_per_gpu(self.model, self.tp) / self.model.kv_heads * self.model.layer_kv_bytes_per_token
+
+    def _attention_bytes_s(self, moved_bytes: float) -> float:
+        return moved_bytes / (self.gpu.bandwidth * self.efficiencies.decode_attention)
+
+    def _prefill_s(self, chunks: Sequence[Chunk]) -> float:
+        """Seconds of prefill chunks, without the launch."""
+        compute = keys_walked(chunks, self._heads, self.gpu.sms) * self._tile_key_s
+        memory = self._attention_bytes_s(prefill_bytes(self.model, self.tp, chunks))
+        return rounded_max(compute, memory, self.efficiencies.knee)
 
     def all_reduce_s(self, size_bytes: int) -> float:
         """See `OperatorCosts`: a ring, 2 (tp - 1) / tp of the bytes over the slowest hop."""
         if self.tp == 1 or not size_bytes:
             return 0.0
-        steps = 2 * (self.tp - 1)
-        moved = steps / self.tp * size_bytes
-        return self.efficiencies.all_reduce_latency_s * (self.tp - 1) + moved / (
-            self.gpu.link(self.tp) * self.efficiencies.all_reduce
-        )
+        bandwidth = self.gpu.link(self.tp) * self.efficiencies.all_reduce
+        return self.efficiencies.all_reduce_latency_s + ring_bytes(size_bytes, self.tp) / bandwidth
