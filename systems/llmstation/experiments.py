@@ -25,6 +25,7 @@ from systems.llmstation.baselines.inference_only import InferenceOnly
 from systems.llmstation.baselines.mps import Mps
 from systems.llmstation.modes import FeedbackMode, FixedMode, PlannerMode
 from systems.llmstation.simulated import ExclusiveTuning, FeedbackTuning, PlannedTuning, SteadyTuning
+from systems.llmstation.tasklets import TuningJob
 from systems.llmstation.tuning_cost import Layers, sharded_job, shared_job
 
 SHARED_UTILISATION = 0.75
@@ -66,6 +67,14 @@ class Bench:
         """Length of a tuning sample on shared weights (the artifact pads to 500)."""
         return int(self.parameters.get("tuning_tokens", 500))
 
+    def job(self, ideal: TuningJob) -> TuningJob:
+        """`ideal`, slower by the parameter `tuning_slowdown` (1 where absent): a what-if for eager PyTorch."""
+        return ideal.slower(float(self.parameters.get("tuning_slowdown", 1.0)))
+
+    def shared_job(self) -> TuningJob:
+        """Tuning on the weights that serving uses: LLMStation's and FineInfer's."""
+        return self.job(shared_job(self.layers, self.tuned_tokens(), int(self.parameters.get("rank", 8))))
+
     def whole_layers(self) -> Layers:
         """Prices of undivided layers, for tuners that shard instead of splitting."""
         return Layers.of(costs(self.shape, self.testbed, 1), self.shape, 1)
@@ -81,20 +90,19 @@ def _inference_only(bench: Bench) -> Built:
 
 def _mps(bench: Bench) -> Built:
     policy = Mps(bench.number("thread_percentage"))
-    job = sharded_job(bench.whole_layers(), bench.testbed, policy.sequence_tokens, policy.sm_limit)
+    job = bench.job(sharded_job(bench.whole_layers(), bench.testbed, policy.sequence_tokens, policy.sm_limit))
     return SteadyTuning(bench.cost, bench.layers, job, bench.interference), policy.gpu_memory_utilisation
 
 
 def _chunked(bench: Bench) -> Built:
     policy = Chunked(int(bench.number("chunk_tokens")))
-    job = sharded_job(bench.whole_layers(), bench.testbed, policy.chunk_tokens, sm_limit=1.0)
+    job = bench.job(sharded_job(bench.whole_layers(), bench.testbed, policy.chunk_tokens, sm_limit=1.0))
     return SteadyTuning(bench.cost, bench.layers, job, bench.interference), policy.gpu_memory_utilisation
 
 
 def _fineinfer(bench: Bench) -> Built:
     policy = FineInfer(bench.number("defer_s"))
-    job = shared_job(bench.layers, bench.tuned_tokens(), int(bench.parameters.get("rank", 8)))
-    return ExclusiveTuning(bench.cost, job, policy), policy.gpu_memory_utilisation
+    return ExclusiveTuning(bench.cost, bench.shared_job(), policy), policy.gpu_memory_utilisation
 
 
 def _waits(bench: Bench) -> FixedMode:
@@ -107,8 +115,7 @@ def _waits(bench: Bench) -> FixedMode:
 
 
 def _llmstation(bench: Bench) -> Built:
-    job = shared_job(bench.layers, bench.tuned_tokens(), int(bench.parameters.get("rank", 8)))
-    common = (bench.cost, bench.layers, job, bench.interference)
+    common = (bench.cost, bench.layers, bench.shared_job(), bench.interference)
     mode = bench.parameters.get("mode", "planner")
     if mode == "planner":
         planner = PlannerMode(bench.number("decode_target_s"), bool(bench.parameters.get("fused", True)))
@@ -143,7 +150,8 @@ def colocation(trial: Trial) -> Outcome:
     """Serve a workload while tuning shares the GPUs; both sides' numbers.
 
     Parameters: `model`, `policy` (a key of `POLICIES`), that policy's knob, `workload`, and optionally `tuning_tokens`,
-    `rank`, `mode`, `fused`, `max_num_batched_tokens`, `max_num_seqs`. Only the simulated backend exists so far.
+    `rank`, `mode`, `fused`, `tuning_slowdown`, `max_num_batched_tokens`, `max_num_seqs`. Only the simulated backend
+    exists so far.
     """
     if trial.backend != "simulated":
         raise InputError("llmstation", "backend", trial.backend, "colocation runs on the simulated backend so far")

@@ -16,7 +16,7 @@ from systems.common.errors import InputError
 
 @dataclass(frozen=True, slots=True)
 class PlannerMode:
-    """The planner's limit for one decode iteration (the paper's SLO_d), and whether forward tasklets are fused with decode layers."""
+    """The planner's limit for one decode iteration (the paper's SLO_d); whether forward layers are fused with decode layers."""
 
     target_s: float
     fused: bool = True

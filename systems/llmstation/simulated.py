@@ -196,9 +196,11 @@ class PlannedTuning(SimulatedExecutor):
         alone_s, tenant = layers.decode(b, situation.context)
         phase = next(p for p in self.progress.job.phases if p.name == situation.phase)
         if self._is_fused(situation.phase):
-            tokens = b + situation.tuning_tokens
-            attention_s = layers.attention_s(situation.tuning_tokens) + layers.costs.attention_s((), b, situation.context)
-            fused_s = layers.costs.layer_linear_s(tokens) + layers.reduces_s(tokens) + attention_s
+            # the sample's own layer, plus what the decoding sequences add to its products, and their attention
+            sample, tokens = situation.tuning_tokens, b + situation.tuning_tokens
+            products_s = layers.costs.layer_linear_s(tokens) - layers.costs.layer_linear_s(sample)
+            reduces_s = layers.reduces_s(tokens) - layers.reduces_s(sample)
+            fused_s = phase.tasklet_s + products_s + reduces_s + layers.costs.attention_s((), b, situation.context)
             known = CoRunLatencies(alone_s, max(alone_s, fused_s), phase.tasklet_s)
         else:
             tuning = Load(phase.name, situation.tuning_tokens, phase.tenant)
@@ -208,7 +210,7 @@ class PlannedTuning(SimulatedExecutor):
         return known
 
     def _plan(self, situation: Situation) -> int:
-        """Tasklets for one iteration in `situation`, however many the phase has left; remembered once it rests on the record."""
+        """Tasklets for one iteration in `situation` if the phase never ended; remembered once it rests on the record."""
         if (known := self._plans.get(situation)) is not None:
             return known
         latencies = self.source.lookup(situation)

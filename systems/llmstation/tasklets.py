@@ -8,7 +8,7 @@ Contents: `Phase`, `TuningJob` (one sample's phases) and `TuningProgress` (where
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from systems.common.hardware.interference import Tenant
 
@@ -44,26 +44,27 @@ class TuningJob:
         """One pass alone on the GPU, seconds."""
         return sum(phase.seconds for phase in self.phases)
 
+    def slower(self, times: float) -> TuningJob:
+        """The same job with every tasklet `times` as long, its load on the GPU spread accordingly."""
+        phases = tuple(
+            replace(
+                phase,
+                tasklet_s=phase.tasklet_s * times,
+                tenant=replace(
+                    phase.tenant,
+                    compute=phase.tenant.compute / times,
+                    bandwidth=phase.tenant.bandwidth / times,
+                    occupancy=phase.tenant.occupancy / times,
+                ),
+            )
+            for phase in self.phases
+        )
+        return replace(self, phases=phases)
+
     @property
     def samples_per_s(self) -> float:
         """Throughput alone on the GPU."""
         return self.samples / self.pass_s
-
-    @property
-    def mean_tenant(self) -> Tenant:
-        """The load of the whole pass, averaged over time; limits as in the first phase."""
-        total = self.pass_s
-
-        def mean(of: str) -> float:
-            return float(sum(getattr(phase.tenant, of) * phase.seconds for phase in self.phases) / total)
-
-        return Tenant(
-            min(1.0, mean("compute")),
-            min(1.0, mean("bandwidth")),
-            mean("kernel_s"),
-            min(1.0, mean("occupancy")),
-            self.phases[0].tenant.sm_limit,
-        )
 
 
 class TuningProgress:

@@ -60,7 +60,7 @@ class Layers:
         return 2 * self.costs.all_reduce_s(int(tokens * self.shape.hidden * self.shape.dtype_bytes))
 
     def load(self, tokens: float, attention_flops: float, kv_bytes: float, busy_s: float, total_s: float) -> Tenant:
-        """The load of `tokens` tokens through a layer's weights, busy for `busy_s` of `total_s` seconds."""
+        """The load of `tokens` tokens through one layer's weights, busy for `busy_s` of `total_s` seconds."""
         flops = (tokens * self.shape.layer_flops_per_token + attention_flops) / self.tp
         moved = (self.shape.layer_weight_bytes + kv_bytes) / self.tp
         return Tenant(
