@@ -101,8 +101,7 @@ def lora_parameters(shape: ModelShape, rank: int) -> int:
 
 
 def shared_job(layers: Layers, tokens: int, rank: int) -> TuningJob:
-    """LLMStation's and FineInfer's tuning: tensor parallel on the shared weights, no recomputation, batch 1, AdamW
-    every sample."""
+    """LLMStation's and FineInfer's tuning: tensor parallel on the shared weights, no recomputation, AdamW every sample."""
     shape = layers.shape
     forward_s, forward = layers.forward(tokens)
     backward_s, backward = layers.backward(tokens)
