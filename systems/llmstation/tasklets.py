@@ -1,7 +1,7 @@
 """Tasklets: the grain at which tuning can be suspended (paper section 4; sheet 2.3-2.5).
 
-A tuning sample is a cycle of phases (forward, head, backward, optimizer step); a phase is a number of equal tasklets, one per
-decoder layer where the phase goes through the layers. Between tasklets tuning can stop for as long as serving likes.
+A tuning sample is a cycle of phases, forward and backward; a phase is a number of equal tasklets, about one per decoder
+layer. Between tasklets tuning can stop for as long as serving likes.
 
 Contents: `Phase`, `TuningJob` (one sample's phases) and `TuningProgress` (where in the cycle a run is).
 """

@@ -7,7 +7,7 @@ are left out: rank 8 adds 0.06 % of the FLOPs. Prices come from the same operato
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from systems.common.hardware import Testbed
 from systems.common.hardware.cost import Chunk, OperatorCosts
@@ -105,18 +105,14 @@ def shared_job(layers: Layers, tokens: int, rank: int) -> TuningJob:
     shape = layers.shape
     forward_s, forward = layers.forward(tokens)
     backward_s, backward = layers.backward(tokens)
-    head_s = layers.head(tokens)
-    # the head is cut along the sequence into tasklets about as long as a layer's, so that it suspends as finely
-    head_tasklets = max(1, round(head_s / forward_s))
     adam_s = ADAM_BYTES * lora_parameters(shape, rank) / layers.reach.bytes
+    # the loss and the head, cut along the sequence into tasklets about as long as a layer's, open the backward phase; the
+    # optimizer's step closes it
+    head_s = layers.head(tokens)
+    tasklets = shape.layers + max(1, round(head_s / backward_s))
+    tasklet_s = (shape.layers * backward_s + head_s + adam_s) / tasklets
     return TuningJob(
-        (
-            Phase("forward", shape.layers, forward_s, forward),
-            Phase("head", head_tasklets, head_s / head_tasklets, Tenant(1.0, forward.bandwidth, head_s / head_tasklets / 2)),
-            Phase("backward", shape.layers, backward_s, backward),
-            Phase("optimizer", 1, adam_s, Tenant(0.0, 1.0, adam_s)),
-        ),
-        tokens,
+        (Phase("forward", shape.layers, forward_s, forward), Phase("backward", tasklets, tasklet_s, backward)), tokens
     )
 
 
@@ -138,13 +134,13 @@ def sharded_job(whole: Layers, testbed: Testbed, tokens: int, sm_limit: float) -
     attention_flops = shape.layer_attention_flops(tokens)
     phases = []
     for name, products, attentions in (("forward", 1, 1.0), ("backward", 2, 1 + ATTENTION_BACKWARD)):
+        head_s = whole.head(tokens) / shape.layers if name == "backward" else 0.0
         busy = products * linear_s + attentions * attention_s
         total = max(busy, gather_s)
         load = whole.load(products * tokens, attentions * attention_flops, 0, busy, total)
-        limited = Tenant(load.compute, load.bandwidth, busy / (products * KERNELS_PER_LAYER), load.occupancy, sm_limit)
-        phases.append(Phase(name, shape.layers, total, limited))
-    head_s = whole.head(tokens)
-    phases.append(Phase("head", 1, head_s, Tenant(1.0, phases[0].tenant.bandwidth, head_s / 2, 1.0, sm_limit)))
+        kernel_s = busy / (products * KERNELS_PER_LAYER)
+        limited = replace(load, kernel_s=kernel_s, sm_limit=sm_limit)
+        phases.append(Phase(name, shape.layers, total + head_s, limited))
     return TuningJob(tuple(phases), tokens, gpus * tokens / COUNTED_TOKENS)
 
 
