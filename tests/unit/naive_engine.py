@@ -119,9 +119,7 @@ class NaiveEngine:
             for s, past, _ in chunks:
                 if past == 0 and s.scheduled_s is None:
                     s.scheduled_s = now
-            now += self.price(
-                [(past, tokens) for _, past, tokens in chunks], len(decodes), sum(s.kv for s in decodes)
-            )
+            now += self.price([(past, tokens) for _, past, tokens in chunks], len(decodes), sum(s.kv for s in decodes))
             for s in decodes:
                 s.kv += 1
                 self.token(s, now)

@@ -79,7 +79,6 @@ def test_a_remote_host_is_read_and_its_key_loses_the_comment(tmp_path: Path) -> 
     [
         ({"adress": "x"}, "hosts.0.adress: 'x': unknown key, did you mean address?"),
         ({"address": None}, "hosts.0.address: '(absent)': add this key, or `local: true`"),
-        ({"host_key": None}, "hosts.0.host_key: '(absent)': add this key"),
         ({"user": None}, "hosts.0.user: '(absent)': add this key"),
         ({"name": None}, "hosts.0.name: '(absent)': add this key"),
         ({"local": True}, "hosts.0.address: 'gpu1.example.org': a local host is not connected to"),

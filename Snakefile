@@ -1,0 +1,56 @@
+# Fivefold: `snakemake fig8a` makes every system's figure of that name, `snakemake llmstation_fig8a` one,
+# `snakemake llmstation` all of a system, `snakemake all` everything, `snakemake claims` the table of verdicts.
+
+from snakemake.utils import min_version
+
+min_version("9.14")
+
+from harness import runlock, streams, targets
+
+PROJECT = targets.load(config)
+runlock.guard(workflow)
+streams.outlive_readers(logger)
+targets.use_this_python()
+
+
+pathvars:
+    run=PROJECT.run,
+    results=PROJECT.config.results,
+
+
+wildcard_constraints:
+    system="[a-z][a-z0-9_]*",
+    figure="[A-Za-z][A-Za-z0-9_]*",
+    series="[A-Za-z][A-Za-z0-9_]*",
+    dataset="[A-Za-z0-9_.-]+",
+
+
+include: "workflows/figures.smk"
+include: "workflows/provision.smk"
+
+
+rule all:
+    default_target: True
+    input:
+        PROJECT.products(PROJECT.figures),
+    localrule: True
+
+
+for _figure in PROJECT.figures:
+
+    rule:
+        name:
+            _figure.target
+        input:
+            PROJECT.wanted(_figure),
+        localrule: True
+
+
+for _name, _figures in PROJECT.groups.items():
+
+    rule:
+        name:
+            _name
+        input:
+            PROJECT.wanted(*_figures),
+        localrule: True

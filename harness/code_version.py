@@ -1,0 +1,41 @@
+"""The version of a part of the code: a hash of its bytes, so that a result knows what made it without any git.
+
+A change to Python or data files counts, a change to documentation (`.md`) does not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+CODE = frozenset({".py", ".yaml", ".yml", ".json", ".csv", ".toml", ".cu", ".cuh", ".cpp", ".c", ".h"})
+
+
+def system_version(system: str) -> str:
+    """The version of all code that decides what a trial of `system` gives."""
+    return code_version("systems/common", f"systems/{system}")
+
+
+@cache
+def code_version(*parts: str) -> str:
+    """SHA-256 over the paths and bytes of all code in `parts`, files or folders relative to the root of the project."""
+    digest = hashlib.sha256()
+    for part in parts:
+        for path in _code_files(ROOT / part):
+            data = path.read_bytes()
+            digest.update(f"{path.relative_to(ROOT).as_posix()}\0{len(data)}\0".encode())
+            digest.update(data)
+    return digest.hexdigest()
+
+
+def _code_files(path: Path) -> list[Path]:
+    if path.is_file():
+        return [path]
+    found = []
+    for folder, folders, files in os.walk(path):
+        folders[:] = [name for name in folders if name != "__pycache__"]
+        found += [Path(folder, name) for name in files if Path(name).suffix in CODE]
+    return sorted(found)

@@ -1,0 +1,204 @@
+"""Moves a figure to other hardware than the paper's (`config: hardware`), by two kinds of factor found with serving alone.
+
+* Request rates by the ratio of the saturation rates: the highest rates that either testbed sustains.
+* Latency limits by the ratios of the unloaded latencies.
+
+A rate counts as sustained while the metrics in `within` hold; on the new testbed these move with their own latency
+factors. Both saturation rates are found by the same search as every knob. The trials are kept like all others.
+
+    python -m harness.rescale --figure figures/<system>/<figure>.yaml --results DIR --config-json '{"hardware": "h100x2"}'
+        [--datasets NAME.json...] --out rescale.json
+
+What is found is printed, written to rescale.json, and said under every figure that it moved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from harness import cli
+from harness.atomic import write_atomically
+from harness.config import Config, config_from_json
+from harness.figure_file import Factor, FigureFile, Level, RescaleRules, load_figure, system_of
+from harness.manifest import Manifest, read_manifests
+from harness.orphans import end_with_parent
+from harness.search import Answer, Knob, Probe, SearchSpace, propose
+from harness.trials import TrialStore, store_of
+from systems.registry import InputError, Scalar, Trial
+
+TOLERANCE = 0.02
+DIGITS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Moved:
+    """The way from one testbed to another: what was found on each, and the factors, new / paper."""
+
+    testbed: str
+    hardware: str
+    saturation_rps: tuple[float, float]
+    unloaded: Mapping[str, tuple[float, float]]
+
+    @property
+    def rate_factor(self) -> float:
+        """What request rates are multiplied by."""
+        return self.saturation_rps[1] / self.saturation_rps[0]
+
+    def latency_factor(self, limit: str) -> float:
+        """What the limit on this metric is multiplied by; 1 where the figure does not rescale it."""
+        before, after = self.unloaded.get(limit, (1.0, 1.0))
+        return after / before
+
+    def __str__(self) -> str:
+        before, after = self.saturation_rps
+        latencies = [f"{name} x {self.latency_factor(name):.3g}" for name in self.unloaded]
+        rates = f"rates x {self.rate_factor:.3g} (saturation {before:.3g} to {after:.3g} req/s)"
+        return f"rescaled from {self.testbed}: {', '.join([rates, *latencies])}"
+
+
+@dataclass(frozen=True, slots=True)
+class Finder:
+    """Runs serving alone on either testbed."""
+
+    path: Path
+    figure: FigureFile
+    rules: RescaleRules
+    config: Config
+    datasets: Mapping[str, Manifest]
+    store: TrialStore
+
+    def find(self) -> Moved:
+        """The way from the paper's testbed to the configured one.
+
+        Raises:
+            InputError: a testbed holds the limits at every rate from `low` to `high`, or at none.
+        """
+        before, after = self.figure.testbed, self.config.testbed(self.figure.testbed)
+        old, new = self._unloaded(before), self._unloaded(after)
+        unloaded = {limit: (old[limit], new[limit]) for limit in self.rules.latencies}
+        for limit, pair in unloaded.items():
+            if not all(math.isfinite(latency) and latency > 0 for latency in pair):
+                name = self.rules.latencies[limit]
+                raise InputError(self.path, f"rescale.latencies.{limit}", name, f"is {pair} there: choose another metric")
+        at = Moved(before, after, (1.0, 1.0), unloaded)
+        limits = {name: value * at.latency_factor(name) for name, value in self.rules.within.items()}
+        rates = self._saturation(before, self.rules.within), self._saturation(after, limits)
+        return Moved(before, after, rates, unloaded)
+
+    def _unloaded(self, testbed: str) -> dict[str, float]:
+        metrics = self._run(testbed, self.rules.low, 0)
+        return {limit: self._number(metrics, name, "latencies") for limit, name in self.rules.latencies.items()}
+
+    def _saturation(self, testbed: str, limits: Mapping[str, float]) -> float:
+        """The highest rate, requests/s, at which all `limits` hold on `testbed`."""
+        rate = Knob(low=self.rules.low, high=self.rules.high)
+        space = SearchSpace(maximise=self.rules.rate, limits=limits, tolerance=TOLERANCE, knobs={self.rules.rate: rate})
+        answers: list[Answer] = []
+        while isinstance(step := propose(space, answers), Probe):
+            metrics = self._run(testbed, step.knobs[self.rules.rate], step.seed)
+            found = {name: self._number(metrics, name, "within") for name in limits}
+            answers.append(Answer(step, step.knobs[self.rules.rate], found))
+        if step.knobs is None:
+            raise InputError(self.path, "rescale.low", self.rules.low, f"{testbed} does not even sustain this rate: lower it")
+        if step.outcome == "no limit in range":
+            raise InputError(self.path, "rescale.high", self.rules.high, f"{testbed} sustains even this rate: raise it")
+        return step.knobs[self.rules.rate]
+
+    def _run(self, testbed: str, rate_rps: float, seed: int) -> Mapping[str, Scalar]:
+        smoke = self.figure.smoke.parameters if self.config.scale == "smoke" else {}
+        trial = Trial(
+            system=system_of(self.path),
+            experiment=self.rules.experiment,
+            parameters={**self.figure.parameters, **smoke, **self.rules.parameters, self.rules.rate: rate_rps},
+            hardware=testbed,
+            backend=self.config.backend,
+            seed=self.config.seed + seed,
+            datasets={name: found.path for name, found in self.datasets.items()},
+        )
+        return self.store.run(trial, f"{self.path}: rescale at {self.rules.rate}={rate_rps:g} on {testbed}").metrics
+
+    def _number(self, metrics: Mapping[str, Scalar], name: str, key: str) -> float:
+        value = metrics.get(name)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise InputError(self.path, f"rescale.{key}", name, f"is no number there: use one of {', '.join(sorted(metrics))}")
+        return float(value)
+
+
+def rescaled(figure: FigureFile, factors: Path | None) -> FigureFile:
+    """`figure` on the hardware that the file `factors` moves it to; itself where there is no such file.
+
+    What the paper printed belongs to the paper's hardware, and so do its claims: neither is kept.
+    """
+    if factors is None or figure.rescale is None:
+        return figure
+    moved, rates, search = read(factors), figure.rescale.rates, figure.search
+    levels = {name: _rescaled(factor, moved) if name in rates else factor for name, factor in figure.factors.items()}
+    fixed = {name: _times(value, moved.rate_factor) for name, value in figure.parameters.items() if name in rates}
+    if search:
+        limits = {name: _times(limit, moved.latency_factor(name)) for name, limit in search.limits.items()}
+        search = search.model_copy(update={"limits": limits})
+    told: dict[str, Any] = {"factors": levels, "parameters": {**figure.parameters, **fixed}, "search": search}
+    return figure.model_copy(update={**told, "published": [], "claims": []})
+
+
+def _rescaled(factor: Factor, moved: Moved) -> Factor:
+    levels = [Level(value=_times(level.value, moved.rate_factor), set=level.set) for level in factor.levels]
+    smoke = None if factor.smoke is None else [_times(value, moved.rate_factor) for value in factor.smoke]
+    return factor.model_copy(update={"levels": levels, "smoke": smoke})
+
+
+def _times(value: Any, factor: float) -> Any:  # noqa: ANN401
+    """A number times `factor`, to a few digits, for it is read by people; anything else as it is."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return value
+    return float(f"{value * factor:.{DIGITS}g}")
+
+
+def note(factors: Path | None) -> tuple[str, ...]:
+    """What a figure's footer says of the factors in this file."""
+    return () if factors is None else (str(read(factors)),)
+
+
+def read(path: Path) -> Moved:
+    """The factors in the file `path`. Raises InputError when it is not what `main` wrote."""
+    try:
+        told = json.loads(path.read_bytes())
+        unloaded = {name: (float(before), float(after)) for name, (before, after) in told["unloaded"].items()}
+        before, after = map(float, told["saturation_rps"])
+        return Moved(told["testbed"], told["hardware"], (before, after), unloaded)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(path, "rescale", str(error), "delete this file: the next run writes it again") from error
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Find the factors of one figure."""
+    parser = argparse.ArgumentParser(prog="python -m harness.rescale")
+    parser.add_argument("--figure", type=Path, required=True)
+    parser.add_argument("--results", type=Path, required=True, help="trials go into its folder `trials`")
+    parser.add_argument("--config-json", default="{}", help="keys of config/config.yaml that differ from their default")
+    parser.add_argument("--datasets", type=Path, nargs="*", default=[], help="manifests of the figure's datasets")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args(argv)
+    end_with_parent()
+    figure, config, datasets = load_figure(args.figure), config_from_json(args.config_json), read_manifests(args.datasets)
+    if figure.rescale is None:
+        raise InputError(args.figure, "rescale", None, "say here how to rescale it")
+    moved = Finder(args.figure, figure, figure.rescale, config, datasets, store_of(args.results, config, datasets)).find()
+    if not all(
+        math.isfinite(factor) and factor > 0 for factor in (moved.rate_factor, *map(moved.latency_factor, moved.unloaded))
+    ):
+        raise InputError(args.figure, "rescale", str(moved), "gives factors that are no positive numbers: choose other metrics")
+    cli.say(f"{args.figure}: {moved}")
+    factors = {"rates": moved.rate_factor, "limits": {name: moved.latency_factor(name) for name in moved.unloaded}}
+    write_atomically(args.out, json.dumps({**asdict(moved), "factors": factors}, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))

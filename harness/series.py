@@ -1,0 +1,234 @@
+"""One series of a figure: a knob search at every point, and a parquet file with a row per point.
+
+    python -m harness.series --figure figures/<system>/<figure>.yaml --series NAME --results DIR
+        --config-json '{"seed": 0}' [--datasets NAME.json...] --out NAME.parquet
+
+Beside the parquet file grow `NAME.history.jsonl`, every probe that was answered, and `NAME.key`, what the history
+belongs to. A run that was killed replays its history and asks the next question; trials that have run are never run
+again. When the figure file, the code, a dataset or the seed has changed since, the search starts over (from the
+trials that still are the same). Two runs of one series wait for each other; a run whose parent dies ends.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from harness import cli
+from harness.atomic import write_atomically
+from harness.code_version import code_version, system_version
+from harness.config import Config, config_from_json
+from harness.figure_file import FigureFile, Point, load_figure, system_of
+from harness.leftovers import sweep
+from harness.manifest import Manifest, read_manifests
+from harness.orphans import end_with_parent
+from harness.progress import Progress
+from harness.rescale import note, rescaled
+from harness.rows import About, Row, write_rows
+from harness.runlock import waiting_for
+from harness.search import Answer, History, Probe, SearchSpace, Verdict, propose, violation
+from harness.trials import STAND_IN, Ran, TrialStore, canonical, store_of
+from harness.validation import suggest
+from systems.registry import InputError, Scalar, Trial
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A series of a figure and what it runs under."""
+
+    path: Path
+    figure: FigureFile
+    series: str
+    config: Config
+    datasets: Mapping[str, Manifest]
+    store: TrialStore
+    notes: tuple[str, ...] = ()
+
+    @property
+    def hardware(self) -> str:
+        """The testbed that the trials run on."""
+        return self.config.testbed(self.figure.testbed)
+
+    @property
+    def space(self) -> SearchSpace:
+        """What the search may do; without a search in the figure, one trial."""
+        return self.figure.space(self.series) or SearchSpace(maximise=self.figure.objective)
+
+    def points(self) -> list[Point]:
+        """The points of the series at this scale."""
+        return self.figure.points(self.series, smoke=self.config.scale == "smoke")
+
+    def trial(self, point: Point, probe: Probe) -> Trial:
+        """The trial that answers `probe` at `point`."""
+        return Trial(
+            system=system_of(self.path),
+            experiment=self.figure.experiment,
+            parameters={**point.parameters, **probe.knobs},
+            hardware=self.hardware,
+            backend=self.config.backend,
+            seed=self.config.seed + probe.seed,
+            datasets={name: found.path for name, found in self.datasets.items()},
+        )
+
+    def key(self) -> str:
+        """Everything that the questions and the answers of this series depend on."""
+        checksums = {name: found.sha256 or STAND_IN for name, found in self.datasets.items()}
+        told = {
+            "search": self.space.model_dump(mode="json"),
+            "points": [{"at": dict(point.at), "parameters": dict(point.parameters)} for point in self.points()],
+            "experiment": [system_of(self.path), self.figure.experiment, self.hardware, self.config.backend],
+            "objective": self.figure.objective,
+            "seed": self.config.seed,
+            "datasets": checksums,
+            "code": [system_version(system_of(self.path)), code_version("harness/search")],
+        }
+        return canonical(told) + "\n"
+
+
+def run(job: Job, out: Path) -> list[Row]:
+    """Search every point of `job`, from where its history ends; one row per point.
+
+    Raises:
+        InputError: an experiment refuses its parameters, or a metric that the figure names is not there.
+    """
+    history = _history(job, out)
+    points = job.points()
+    progress = Progress(f"{system_of(job.path)}/{job.path.stem} {job.series}", len(points))
+    return [_search(job, point, history, progress) for point in points]
+
+
+def _history(job: Job, out: Path) -> History:
+    """The history beside `out`, emptied when it belongs to something else than `job`."""
+    path, key = out.with_suffix(".history.jsonl"), out.with_suffix(".key")
+    belongs_to = key.read_text(encoding="utf-8") if key.exists() else None
+    if belongs_to != job.key():
+        if path.exists():
+            cli.say(f"{path}: what it depends on has changed: searching anew")
+        path.unlink(missing_ok=True)
+        write_atomically(key, job.key())
+    return History(path)
+
+
+def _search(job: Job, point: Point, history: History, progress: Progress) -> Row:
+    answers = history.replay(point.at, job.space)
+    while isinstance(step := _propose(job, answers), Probe):
+        ran = _run_trial(job, point, step)
+        answer = _answer(job, step, ran.metrics)
+        history.append(point.at, answer, ran.hash)
+        answers.append(answer)
+        progress.probe(point.at, _best(job.space, answers))
+    progress.point(point.at, step.objective if step.feasible else None)
+    return _row(job, point, step, len(answers))
+
+
+def _run_trial(job: Job, point: Point, probe: Probe) -> Ran:
+    at = ", ".join(f"{name}={value}" for name, value in {**point.at, **probe.knobs}.items())
+    return job.store.run(job.trial(point, probe), f"{job.path}: series {job.series}{f' at {at}' if at else ''}")
+
+
+def _propose(job: Job, answers: Sequence[Answer]) -> Probe | Verdict:
+    if job.figure.search:
+        return propose(job.space, answers)
+    # nothing is sought, so nothing can be missed: what the one trial gives is the answer, whatever it is
+    return Verdict("single trial", {}, answers[0].objective, answers[0]) if answers else Probe({}, 0)
+
+
+def _answer(job: Job, probe: Probe, metrics: Mapping[str, Scalar]) -> Answer:
+    return Answer(
+        probe,
+        objective=_number(job, metrics, job.figure.objective),
+        metrics={name: _number(job, metrics, name) for name in job.space.bounds},
+    )
+
+
+def _number(job: Job, metrics: Mapping[str, Scalar], name: str) -> float:
+    value = _metric(job, metrics, name)
+    if value is None:
+        return float("nan")
+    if isinstance(value, str):
+        raise InputError(job.path, "search", name, f"this metric is text ({value!r}): name one that is a number")
+    return float(value)
+
+
+def _metric(job: Job, metrics: Mapping[str, Scalar], name: str) -> Scalar:
+    if name not in metrics:
+        mend = f"{job.figure.experiment} has no such metric{suggest(name, sorted(metrics))}"
+        raise InputError(job.path, "columns" if name in job.figure.columns else "search", name, mend)
+    return metrics[name]
+
+
+def _best(space: SearchSpace, answers: Sequence[Answer]) -> float | None:
+    return max((answer.objective for answer in answers if violation(answer, space) <= 0), default=None)
+
+
+def _row(job: Job, point: Point, verdict: Verdict, probes: int) -> Row:
+    """A point of the table. Where no setting meets the limits its metrics and knobs are absent, and so is the trial."""
+    figure, chosen = job.figure, None
+    if verdict.answer is not None:
+        chosen = _run_trial(job, point, verdict.answer.probe)  # stored, unless somebody deleted it
+    row: Row = {"series": job.series, **point.at, figure.objective: verdict.objective}
+    row |= {name: _metric(job, chosen.metrics, name) if chosen else None for name in figure.columns}
+    row |= {f"knob_{name}": (verdict.knobs or {}).get(name) for name in figure.knobs}
+    row |= {"feasible": verdict.feasible, "outcome": verdict.outcome, "probes": probes}
+    return row | {"trial": chosen.hash if chosen else None}
+
+
+def about(job: Job, out: Path) -> About:
+    """What stands behind the rows of `job`: everything that its trials, the rejected ones too, say of themselves."""
+    trials = sorted({entry.trial for entry in History(out.with_suffix(".history.jsonl")).entries()})
+    found = [origin for origin in map(job.store.provenance, trials) if origin is not None]
+    return About(
+        hardware=[job.hardware],
+        backends=[job.config.backend],
+        scales=[job.config.scale],
+        seeds=[job.config.seed],
+        commits=sorted({_commit(origin) for origin in found}),
+        datasets=sorted(name for name, manifest in job.datasets.items() if manifest.path),
+        stand_ins=sorted(name for name, manifest in job.datasets.items() if not manifest.path),
+        notes=sorted({*job.notes, *(note for origin in found for note in origin["notes"])}),
+        trials=trials,
+    )
+
+
+def _commit(origin: Mapping[str, Any]) -> str:
+    changed = "+" if origin["dirty"] is True else ""
+    return f"{origin['commit'][:10]}{changed}"
+
+
+def _job(args: argparse.Namespace) -> Job:
+    figure = rescaled(load_figure(args.figure), args.rescale)
+    if args.series not in [series.name for series in figure.series]:
+        mend = f"no such series{suggest(args.series, [series.name for series in figure.series])}"
+        raise InputError(args.figure, "series", args.series, mend)
+    config = config_from_json(args.config_json)
+    datasets = read_manifests(args.datasets)
+    notes = note(args.rescale)
+    return Job(args.figure, figure, args.series, config, datasets, store_of(args.results, config, datasets), notes)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one series."""
+    parser = argparse.ArgumentParser(prog="python -m harness.series")
+    parser.add_argument("--figure", type=Path, required=True)
+    parser.add_argument("--series", required=True)
+    parser.add_argument("--results", type=Path, required=True, help="trials go into its folder `trials`")
+    parser.add_argument("--config-json", default="{}", help="keys of config/config.yaml that differ from their default")
+    parser.add_argument("--datasets", type=Path, nargs="*", default=[], help="manifests of the figure's datasets")
+    parser.add_argument("--rescale", type=Path, nargs="?", help="rescale.json, on other hardware than the paper's")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args(argv)
+    end_with_parent()
+    job = _job(args)
+    with waiting_for(args.out.with_suffix(".lock"), cli.say):
+        sweep(job.store.folder)
+        sweep(args.out.parent)
+        rows = run(job, args.out)
+        write_rows(args.out, rows, about(job, args.out))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(cli.run(main))

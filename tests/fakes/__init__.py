@@ -1,0 +1,1 @@
+"""A system that costs nothing, for tests of the harness."""
