@@ -17,7 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
-from harness.atomic import writing
+from harness.atomic import make_folder, writing
 from harness.streams import Lasting
 from systems.registry import InputError
 
@@ -80,7 +80,7 @@ def _logging(argv: list[str]) -> Iterator[list[str]]:
     place = argv.index("--log")
     path = Path(argv[place + 1])
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         log = path.open("w", encoding="utf-8", errors="replace")
     with contextlib.redirect_stderr(_Tee(sys.stderr, log)):
         yield argv[:place] + argv[place + 2 :]

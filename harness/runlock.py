@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from harness.atomic import writing
+from harness.atomic import make_folder, writing
 
 RUN_LOCK = Path(".snakemake", "fivefold.lock")
 SNAKEMAKE_LOCKS = Path(".snakemake", "locks")
@@ -35,7 +35,7 @@ class Held(Exception):  # noqa: N818
 def take(path: Path) -> IO[bytes]:
     """The lock `path`, held until the file that this gives is closed or the process ends. Raises Held when taken."""
     with writing(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         file = path.open("a+b", buffering=0)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -56,8 +56,9 @@ def test_the_log_is_taken_out_of_the_arguments(tmp_path: Path) -> None:
 
 def test_a_log_that_cannot_be_made_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
-    assert cli.run(lambda _: 0, ["--log", str(tmp_path / "file" / "log")]) == 2
-    assert "is a file" in capsys.readouterr().err
+    assert cli.run(lambda _: 0, ["--log", str(tmp_path / "file" / "sub" / "log")]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and str(tmp_path / "file") in err
 
 
 SPEAKER = """
