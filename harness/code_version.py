@@ -15,8 +15,8 @@ CODE = frozenset({".py", ".yaml", ".yml", ".json", ".csv", ".toml", ".cu", ".cuh
 
 
 def system_version(system: str) -> str:
-    """The version of all code that decides what a trial of `system` gives."""
-    return code_version("systems/common", f"systems/{system}")
+    """The version of all code and built-in data (statistics of stand-ins) that decide what a trial of `system` gives."""
+    return code_version("systems/common", f"systems/{system}", "datasets/registry.yaml")
 
 
 @cache
