@@ -19,7 +19,7 @@ from typing import Any
 
 from harness import cli
 from harness.atomic import write_atomically
-from harness.code_version import code_version, system_version
+from harness.code_version import code_version, executing_version, system_version
 from harness.config import Config, config_from_json
 from harness.figure_file import FigureFile, Point, load_figure, system_of
 from harness.leftovers import sweep
@@ -83,7 +83,11 @@ class Job:
             "objective": self.figure.objective,
             "seed": self.config.seed,
             "datasets": checksums,
-            "code": [system_version(system_of(self.path)), code_version("harness/search")],
+            "code": [
+                system_version(system_of(self.path)),
+                code_version("harness/search"),
+                *executing_version(self.config.backend),
+            ],
         }
         return canonical(told) + "\n"
 

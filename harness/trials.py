@@ -22,7 +22,7 @@ from typing import Any
 
 from harness import provenance
 from harness.atomic import atomic_folder
-from harness.code_version import system_version
+from harness.code_version import executing_version, system_version
 from harness.config import Config
 from harness.manifest import Manifest
 from systems.registry import InputError, Outcome, Scalar, Trial, experiment
@@ -60,7 +60,7 @@ class TrialStore:
             "seed": trial.seed,
             "datasets": {name: self._checksum(name, path) for name, path in trial.datasets.items()},
             "code": system_version(trial.system),
-            **({"device": _device()} if trial.backend == "measured" else {}),
+            **({"device": _device(), "executing": executing_version("measured")} if trial.backend == "measured" else {}),
         }
 
     def _checksum(self, name: str, path: Path | None) -> str:

@@ -103,3 +103,25 @@ def test_a_version_does_not_depend_on_where_the_code_lies_but_on_how_files_are_c
     (project / "systems" / "one" / "core.py").rename(project / "systems" / "one" / "heart.py")
     assert version("one") != before
     code_version.cache_clear()
+
+
+def test_only_measured_trials_depend_on_the_code_that_runs_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from harness import code_version as versions
+
+    part = tmp_path / "systems" / "common" / "torch_engine"
+    part.mkdir(parents=True)
+    (part.parent / "core.py").write_text("one = 1\n")
+    (part / "model.py").write_text("two = 2\n")
+    monkeypatch.setattr(versions, "ROOT", tmp_path)
+
+    def both() -> tuple[str, list[str]]:
+        versions.code_version.cache_clear()
+        return versions.code_version("systems/common"), versions.executing_version("measured")
+
+    before = both()
+    (part / "model.py").write_text("two = 3\n")
+    after = both()
+    versions.code_version.cache_clear()
+    assert after[0] == before[0]
+    assert after[1] != before[1]
+    assert versions.executing_version("simulated") == []
