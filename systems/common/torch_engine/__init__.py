@@ -1,0 +1,12 @@
+"""The engine's executing half: the transformer that the scheduling half (`systems.common.engine`) drives, in PyTorch.
+
+Rooms, in reading order:
+
+* `numerics`, `weights`: what a shape table leaves out; random weights or safetensors.
+* `cache`: KV blocks on the device and who holds them.
+* `attention`: one interface, two backends (plain PyTorch, our Triton kernels); `kernels` holds the kernels.
+* `model`: the transformer. `sampling`: the next token, on the device.
+* `lora`: low-rank adapters, a different one per sequence.
+* `mixed`, `graphs`: batches as arrays; steps as CUDA graphs.
+* `flights`: steps on their way. `executor`: runs the engine's batches. `drivers`: offline and real-time loops.
+"""

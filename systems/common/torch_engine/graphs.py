@@ -1,0 +1,170 @@
+# mypy: disable-error-code="no-untyped-call, no-any-return"
+"""Steps as CUDA graphs: decode steps by bucket of batch sizes, small batches with prompts by bucket of rows and tokens.
+
+A graph reads its inputs from static buffers and everything else (tokens, lengths, block tables) from the cache by slot,
+chooses the next tokens and moves the lengths, all on the device: step n + 1 can be launched while step n runs. Rows that only
+fill a bucket point to the padding slot. Without graphs (a CPU) the same functions run eagerly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from systems.common.torch_engine.cache import KVCache
+from systems.common.torch_engine.mixed import Bucket, Inputs, MixedStep, mixed_step, nothing
+from systems.common.torch_engine.model import Transformer
+
+Result = TypeVar("Result")
+
+MIXED_ROWS = (0, *range(16, 128, 16), 128, 192, 256)
+MIXED_TOKENS = (*range(32, 512, 32), *range(512, 1025, 128))
+"""Fine steps: rows and tokens that only pad are multiplied too. Above, a batch outlasts its launch kernel by kernel."""
+PROMPT_TOKENS = 384
+"""The same for prompts alone."""
+MIXED_CHUNKS = 8
+
+
+def buckets(most: int) -> list[int]:
+    """Batch sizes that get a graph: 1, 2, 4, every 8 up to 64, every 16 up to 256, every 32 above."""
+    sizes = [1, 2, 4, *range(8, 64, 8), *range(64, 256, 16), *range(256, most + 32, 32)]
+    return [size for size in sizes if size < most] + [most]
+
+
+class Graphs(Generic[Result]):
+    """Captured work by key; all graphs share one memory pool, so what one returns holds until any of them runs again."""
+
+    def __init__(self) -> None:
+        self._pool = torch.cuda.graph_pool_handle()
+        self._captured: dict[Any, tuple[torch.cuda.CUDAGraph, Result]] = {}
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._captured
+
+    def run(self, key: object) -> Result:
+        """Replay; the tensors that the captured work returned."""
+        graph, result = self._captured[key]
+        graph.replay()
+        return result
+
+    def capture(self, key: object, work: Callable[[], Result]) -> None:
+        """Capture `work` under `key`, after one run of it on a side stream (compiles kernels, creates handles)."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            work()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool):
+            result = work()
+        self._captured[key] = graph, result
+
+
+@dataclass(slots=True)
+class DecodeStep:
+    """Tensors of one decode step: `slots` in, `logits` and the likeliest `tokens` out."""
+
+    slots: Tensor
+    logits: Tensor
+    tokens: Tensor
+
+
+class Steps:
+    """Runs steps.
+
+    Attributes:
+        slots: slots of the decoding rows, uploaded by the caller when the batch changes; unused rows hold the padding slot.
+    """
+
+    def __init__(self, model: Transformer, cache: KVCache, most: int, graphs: bool) -> None:
+        self.model, self.cache = model, cache
+        device = cache.k.device
+        self.slots = torch.full((most,), cache.pad_slot, dtype=torch.int64, device=device)
+        self.sizes = buckets(most)
+        self.mixed_rows = [rows for rows in MIXED_ROWS if rows <= most] if graphs and model.fused else []
+        largest = Bucket(most, MIXED_TOKENS[-1], MIXED_CHUNKS)
+        self._packed = torch.zeros(largest.length, dtype=torch.int64, device=device)
+        self._decode: Graphs[DecodeStep] | None = Graphs() if graphs else None
+        self._mixed: Graphs[MixedStep] | None = Graphs() if graphs else None
+
+    # ---- decode
+
+    def size(self, rows: int) -> int:
+        """The bucket of `rows` decoding rows."""
+        return next(size for size in self.sizes if size >= rows)
+
+    def decode(self, rows: int, greedy: bool = True) -> DecodeStep:
+        """One step of the first `rows` slots. When `greedy` the next tokens are committed to the cache too."""
+        size = self.size(rows)
+        if self._decode is None:
+            return self._decode_step(size, greedy)
+        if (size, greedy, self.model.adapted) not in self._decode:
+            self._capture_decode(size, greedy)
+        return self._decode.run((size, greedy, self.model.adapted))
+
+    def commit(self, slots: Tensor, tokens: Tensor) -> None:
+        """Make `tokens` the newest of `slots`, one longer each; the padding slot keeps its length 0."""
+        self.cache.last_token.index_copy_(0, slots, tokens)
+        self.cache.lengths.index_add_(0, slots, (slots != self.cache.pad_slot).to(torch.int32))
+
+    def _decode_step(self, size: int, greedy: bool) -> DecodeStep:
+        slots = self.slots[:size]
+        logits = self.model.decode(self.cache.last_token[slots], self.cache.lengths, slots)
+        tokens = logits.argmax(-1)
+        if greedy:
+            self.commit(slots, tokens)
+        return DecodeStep(slots, logits, tokens)
+
+    def _capture_decode(self, size: int, greedy: bool) -> None:
+        assert self._decode is not None
+        kept = self.slots.clone()
+        self.slots.fill_(self.cache.pad_slot)  # the run before the capture must touch no sequence
+        self._decode.capture((size, greedy, self.model.adapted), lambda: self._decode_step(size, greedy))
+        self.slots.copy_(kept)
+
+    # ---- batches with prompts
+
+    def bucket(self, rows: int, tokens: int, chunks: int) -> tuple[Bucket, bool]:
+        """Sizes to pad a batch to, and whether a graph serves it; its own sizes where none does."""
+        fitting = [size for size in self.mixed_rows if size >= rows]
+        if not fitting or tokens > (MIXED_TOKENS[-1] if rows else PROMPT_TOKENS) or chunks > MIXED_CHUNKS:
+            return Bucket(rows, tokens, chunks), False
+        return Bucket(fitting[0], next(size for size in MIXED_TOKENS if size >= tokens), MIXED_CHUNKS), True
+
+    def mixed(self, packed: Tensor, bucket: Bucket, greedy: bool = True) -> MixedStep:
+        """One batch that `bucket` gave a graph for."""
+        assert self._mixed is not None
+        if (bucket, greedy, self.model.adapted) not in self._mixed:
+            self._capture_mixed(bucket, greedy)
+        self._packed[: len(packed)].copy_(packed)
+        return self._mixed.run((bucket, greedy, self.model.adapted))
+
+    def _capture_mixed(self, bucket: Bucket, greedy: bool) -> None:
+        assert self._mixed is not None
+        empty = nothing(bucket, self.cache.pad_slot)
+        self._packed[: len(empty)].copy_(torch.from_numpy(empty))
+
+        def work() -> MixedStep:
+            return mixed_step(self.model, self.cache, Inputs.of(self._packed, bucket, None), greedy)
+
+        self._mixed.capture((bucket, greedy, self.model.adapted), work)
+
+    def warm(self) -> None:
+        """Capture all greedy graphs, largest first so that they share memory; with adapters too where the model has a bank."""
+        if self._decode is None or self._mixed is None:
+            return
+        for adapted in (False, True) if self.model.adapters is not None else (False,):
+            self.model.adapted = adapted
+            for size in reversed(self.sizes):
+                if (size, True, adapted) not in self._decode:
+                    self._capture_decode(size, True)
+            for rows in reversed(self.mixed_rows):
+                for tokens in reversed(MIXED_TOKENS if rows else [size for size in MIXED_TOKENS if size <= PROMPT_TOKENS]):
+                    bucket = Bucket(rows, tokens, MIXED_CHUNKS)
+                    if (bucket, True, adapted) not in self._mixed:
+                        self._capture_mixed(bucket, True)
+        self.model.adapted = False

@@ -1,0 +1,1 @@
+"""Triton kernels, one per file: what each computes, its shapes, its floor. `triton_guard` says whether they can be used."""
