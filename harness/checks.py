@@ -161,12 +161,17 @@ def check_commit(state: Mapping[str, object]) -> Finding:
     return Finding(Level.OK, "git", commit[:12])
 
 
-def check_inventory(path: Path) -> Finding:
-    """The file of hosts."""
+def check_inventory(path: Path, root: Path) -> Iterator[Finding]:
+    """The file of hosts and each host in it; hosts that are not this machine are connected to, for a few seconds at most."""
     from harness.inventory import load_inventory
 
-    hosts = load_inventory(path).hosts
-    return Finding(Level.OK, "hosts", f"{path}: {', '.join(host.name for host in hosts)}")
+    inventory = load_inventory(path)
+    count = len(inventory.hosts)
+    yield Finding(Level.OK, "hosts", f"{path}: {count} host{'s' if count != 1 else ''}")
+    if any(not host.local or host.gpus for host in inventory.hosts):
+        from harness.provision import status
+
+        yield from status.findings(inventory, status.wanted(status.testbeds(root)))
 
 
 def check_figures(root: Path) -> tuple[list[Finding], frozenset[str]]:

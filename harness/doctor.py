@@ -31,7 +31,7 @@ def examine(place: Place) -> Iterator[Finding]:
     yield checks.check_writable(place.results)
     yield checks.check_writable(place.root)
     yield checks.check_commit(provenance.commit(place.root))
-    yield from _guarded("hosts", lambda: [checks.check_inventory(place.inventory)])
+    yield from _guarded("hosts", lambda: list(checks.check_inventory(place.inventory, place.root)))
     yield from _guarded("figures", lambda: _contents(place))
     yield from checks.check_tools()
 

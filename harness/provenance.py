@@ -35,6 +35,7 @@ def environment() -> Mapping[str, Any]:
         "cpu": _cpu(),
         "cpus": os.cpu_count(),
         "gpus": gpus(),
+        "image": os.environ.get("FIVEFOLD_IMAGE"),  # set where a trial runs in a container: its name and digest
         "command": [Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]],
     }
 
@@ -47,7 +48,12 @@ def of_trial(spec: Mapping[str, Any], config: Mapping[str, Any], start: float, d
 
 
 def commit(root: Path) -> dict[str, Any]:
-    """The git commit of the checkout `root` and whether files differ from it; `unknown` where there is no git to ask."""
+    """The git commit of the checkout `root` and whether files differ from it; `unknown` where there is no git to ask.
+
+    On a host to which the code was sent, what the controller said of its checkout: `FIVEFOLD_COMMIT`, with `+` if changed.
+    """
+    if told := os.environ.get("FIVEFOLD_COMMIT"):
+        return {"commit": told.removesuffix("+"), "dirty": UNKNOWN if told == UNKNOWN else told.endswith("+")}
     found = _output(["git", "-C", str(root), "rev-parse", "--show-toplevel", "HEAD"]).splitlines()
     if len(found) != 2 or Path(found[0]).resolve() != root.resolve():
         return {"commit": UNKNOWN, "dirty": UNKNOWN}

@@ -45,7 +45,7 @@ class OperatorCosts(Protocol):
         ...
 
     def layer_linear_s(self, tokens: int) -> float:
-        """All token-wise operators of one decoder layer (projections, MLP, norms, rotary, activation) on `tokens` tokens."""
+        """All token-wise operators of one decoder layer (projections, MLP, norms, rotary) on `tokens` tokens."""
         ...
 
     def head_s(self, sequences: int) -> float:
@@ -57,13 +57,13 @@ class OperatorCosts(Protocol):
         ...
 
     def attention_s(self, chunks: Sequence[Chunk], decodes: int, decode_context: int) -> float:
-        """One layer's attention over prefill `chunks` and `decodes` sequences whose KV caches hold `decode_context` tokens in all."""
+        """One layer's attention over prefill `chunks` and `decodes` sequences that hold `decode_context` tokens in all."""
         ...
 
     def decode_attention(self, decodes: int, decode_context: int) -> Affine:
-        """One layer's decode attention as a straight line in the batch's total context, valid from `decode_context` up to `end`.
+        """One layer's decode attention as a line in the batch's total context, valid from `decode_context` up to `end`.
 
-        Equal to `attention_s((), decodes, x)` for every x in that range: this is what lets decode steps be advanced in closed form.
+        Equal to `attention_s((), decodes, x)` for every x in that range: this lets decode steps be advanced in closed form.
         """
         ...
 
