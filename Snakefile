@@ -11,6 +11,7 @@ PROJECT = targets.load(config)
 runlock.guard(workflow)
 streams.outlive_readers(logger)
 targets.use_this_python()
+targets.use_inventory(PROJECT.config)
 
 
 pathvars:
@@ -27,6 +28,7 @@ wildcard_constraints:
 
 include: "workflows/figures.smk"
 include: "workflows/provision.smk"
+include: "workflows/containers.smk"
 
 
 rule all:

@@ -16,16 +16,31 @@ from pathlib import Path
 from typing import Any, NoReturn, Protocol
 
 from harness import cli
-from harness.code_version import code_version, system_version
+from harness.code_version import code_version, executing_version, system_version
 from harness.config import CONFIG_FILE, Config, load_config
 from harness.datasets import default_cache, load_registry, whereabouts
+from harness.dispatch.here import only_here
 from harness.figure_file import FigureFile, load_figure, system_of
 from harness.inventory import load_inventory
 from systems.registry import SYSTEMS, InputError
 
 FIGURES = Path("figures")
 #: Targets that are no figure and no system.
-TARGETS = frozenset({"all", "claims", "report", "fidelity", "doctor", "estimate", "provision", "containers", "calibrate"})
+TARGETS = frozenset(
+    {
+        "all",
+        "claims",
+        "report",
+        "fidelity",
+        "doctor",
+        "estimate",
+        "provision",
+        "deprovision",
+        "trust",
+        "containers",
+        "calibrate",
+    }
+)
 #: What of the harness decides how a series comes about; a change of it runs the series again, from the trials it has.
 SERIES_CODE = ("harness/series.py", "harness/figure_file.py", "harness/search", "harness/rows.py", "harness/rescale.py")
 DRAW_CODE = ("harness/draw.py", "figures/__init__.py", "figures/style.py", "figures/plots")
@@ -147,7 +162,27 @@ class Project:
 
     def series_code(self, wildcards: Wildcards) -> str:
         """The version of the code that decides what a series gives."""
-        return system_version(wildcards.system)[:16] + code_version(*SERIES_CODE)[:16]
+        executing = "".join(executing_version(self.config.backend))
+        return system_version(wildcards.system)[:16] + code_version(*SERIES_CODE)[:16] + executing[:16]
+
+    @property
+    def group(self) -> str | None:
+        """The group of series jobs, so that a cluster may run several in one job; none where each needs GPUs for itself."""
+        return None if self.config.backend == "measured" else "series"
+
+    def gpu(self, wildcards: Wildcards) -> int:
+        """How many GPUs a series of the figure needs: those of its testbed, where it is measured."""
+        return self._gpus(wildcards)[1]
+
+    def gpu_model(self, wildcards: Wildcards) -> str:
+        """Which GPUs, as testbeds name them; empty where none are needed."""
+        return self._gpus(wildcards)[0]
+
+    def _gpus(self, wildcards: Wildcards) -> tuple[str, int]:
+        if self.config.backend != "measured":
+            return "", 0
+        model, _, count = self.config.testbed(self.figure(wildcards).file.testbed).rpartition("x")
+        return model, int(count)
 
     def inventory(self, _wildcards: object) -> str:
         """The file of hosts."""
@@ -228,3 +263,13 @@ def use_this_python() -> None:
     """Make `python` in rules the interpreter that runs Snakemake, whether its environment is activated or not."""
     folder = str(Path(sys.executable).parent)
     os.environ["PATH"] = os.pathsep.join([folder, *os.environ.get("PATH", os.defpath).split(os.pathsep)])
+
+
+def use_inventory(config: Config) -> None:
+    """Let the rules of series send their jobs to the hosts of the inventory; on this machine alone they stay as they are.
+
+    By variables and not by what rules are made of: where a job runs must not decide whether it runs again.
+    """
+    here = only_here(Path(config.inventory))
+    os.environ["FIVEFOLD_DISPATCH"] = "" if here else "python -m harness.dispatch --"
+    os.environ["FIVEFOLD_INVENTORY"] = config.inventory

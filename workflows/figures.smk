@@ -25,14 +25,19 @@ rule find_factors:
         "<run>/{system}/{figure}/rescale.json",
     log:
         "<run>/{system}/{figure}/logs/rescale.log",
+    group:
+        PROJECT.group
     conda:
         "envs/fivefold.yaml"
+    resources:
+        gpu=PROJECT.gpu,
+        gpu_model=PROJECT.gpu_model,
     params:
         results=PROJECT.results,
         config=PROJECT.series_config,
         code=PROJECT.series_code,
     shell:
-        "exec python -m harness.rescale --figure {input.figure:q} --results {params.results:q}"
+        "exec $FIVEFOLD_DISPATCH python -m harness.rescale --figure {input.figure:q} --results {params.results:q}"
         " --config-json {params.config:q} --datasets {input.datasets:q} --out {output:q} --log {log:q}"
 
 
@@ -45,14 +50,19 @@ rule run_series:
         "<run>/{system}/{figure}/series/{series}.parquet",
     log:
         "<run>/{system}/{figure}/logs/{series}.log",
+    group:
+        PROJECT.group
     conda:
         "envs/fivefold.yaml"
+    resources:
+        gpu=PROJECT.gpu,
+        gpu_model=PROJECT.gpu_model,
     params:
         results=PROJECT.results,
         config=PROJECT.series_config,
         code=PROJECT.series_code,
     shell:
-        "exec python -m harness.series --figure {input.figure:q} --series {wildcards.series:q}"
+        "exec $FIVEFOLD_DISPATCH python -m harness.series --figure {input.figure:q} --series {wildcards.series:q}"
         " --results {params.results:q} --config-json {params.config:q} --datasets {input.datasets:q}"
         " --rescale {input.rescale:q} --out {output:q} --log {log:q}"
 

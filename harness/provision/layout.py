@@ -42,4 +42,5 @@ class Layout:
     @property
     def made(self) -> tuple[str, ...]:
         """All that provisioning makes below the root; the state comes last, for without it nobody knows what is ours."""
-        return (self.checkout, self.mirror, self.wheels, self.state)
+        dispatched = (f"{self.root}/{name}" for name in ("jobs", "code", "data", "slots", "launch"))
+        return (self.checkout, self.mirror, self.wheels, *dispatched, self.state)
