@@ -149,8 +149,8 @@ class Host(Model):
     """Variables for jobs on that host; a secret as `env:NAME` (of this machine) or `file:PATH` (on this machine)."""
     tags: tuple[Name, ...] = ()
     """Words by which experiments choose hosts, such as the roles that they may take."""
-    slots: int = Field(default=1, ge=1, le=256)
-    """How many jobs run on it at once."""
+    slots: int | None = Field(default=None, ge=1, le=256)
+    """How many jobs run on it at once; absent: one."""
     placeholder: bool = False
     """Whether this only shows what a host would look like: nothing ever connects to it."""
 

@@ -96,9 +96,11 @@ def test_the_test_lock_is_the_runtime_lock_and_more(root: Path) -> None:
 
 
 def test_the_makefile_and_the_extra_agree_on_torch(root: Path) -> None:
-    (pinned,) = re.findall(r"torch==([\d.]+)", (root / "Makefile").read_text())
-    (torch,) = map(Requirement, project(root)["optional-dependencies"]["torch"])
-    assert torch.name == "torch" and torch.specifier.contains(pinned)
+    pinned = dict(re.findall(r"\b([a-z]+)==([\d.]+)", (root / "Makefile").read_text()))
+    extra = list(map(Requirement, project(root)["optional-dependencies"]["torch"]))
+    assert "torch" in {wanted.name for wanted in extra}
+    for wanted in extra:
+        assert wanted.specifier.contains(pinned[wanted.name]), wanted
 
 
 TRACES = re.compile(r"(?<![\w.~}-])/(?:work|root)/(?!\.\.\.)|/home/(?!\.\.\.|fivefold/)[a-z]|pyenv|/opt/wheels|/opt/pypi")
@@ -113,8 +115,8 @@ def test_no_file_names_a_machine(root: Path) -> None:
     assert len(names) > 50
     here = Path(__file__).resolve()
     for path in (root / name for name in names):
-        if not path.is_file() or path.resolve() == here:
-            continue
+        if not path.is_file() or path.resolve() == here or path.is_relative_to(root / "reference"):
+            continue  # recorded measurements keep their command as it was: nobody edits them
         data = path.read_bytes()
         if b"\0" not in data[:8192]:
             assert not (found := TRACES.search(data.decode("utf-8", "replace"))), (path, found)
