@@ -83,12 +83,19 @@ def _mounts(args: argparse.Namespace) -> list[Mount]:
     root, results = args.root.resolve(), args.results.resolve()
     results.mkdir(parents=True, exist_ok=True)
     config = load_config(root / CONFIG_FILE) if (root / CONFIG_FILE).exists() else None
-    mirror = (root / config.dataset_mirror).resolve() if config and config.dataset_mirror else None
-    datasets = [folder.resolve() for folder in (*args.datasets, *([mirror] if mirror else []), default_cache())]
+    mirror = [root / config.dataset_mirror] if config and config.dataset_mirror else []
+    datasets = [folder for folder in (*args.datasets, *mirror, default_cache()) if folder.is_dir()]
     missing = [folder for folder in args.datasets if not folder.exists()]
     if missing:
         raise InputError("--datasets", "folder", str(missing[0]), "no such folder")
-    return [Mount(root), *(Mount(folder) for folder in datasets if folder.is_dir()), Mount(results, writable=True)]
+    seen = {mount.inside: mount for folder in datasets for mount in _under_every_name(folder)}
+    return [Mount(root), *seen.values(), Mount(results, writable=True)]
+
+
+def _under_every_name(folder: Path) -> list[Mount]:
+    """A folder where it really is and, when it was named through a link, under that name too: manifests may say either."""
+    real, named = folder.resolve(), os.path.abspath(folder)  # noqa: PTH100 (`absolute()` keeps `..`)
+    return [Mount(real), *([Mount(real, target=named)] if named != str(real) else [])]
 
 
 def _variables(args: argparse.Namespace) -> dict[str, str]:

@@ -193,7 +193,7 @@ def test_a_job_that_runs_out_of_time_goes_on_from_its_history(
 ) -> None:
     project = cluster_project("project")
     limit = ("--set-resources", "run_series:runtime=1", "--group-components", "series=1")
-    run = Run(lab, project, *limit, sleep_s="3")
+    run = Run(lab, project, *limit, sleep_s="1.5")
     said = run.complete()
     assert "Trying to restart" in said and ended(lab, "TIMEOUT")
     assert (project.results / "table.csv").read_bytes() == undisturbed
