@@ -127,7 +127,7 @@ class Trial:
 
     `parameters` holds the figure's constants, its factor levels and the knobs under search, merged. `hardware` is
     the name of a testbed such as `rtx3090x2` (GPU model, `x`, how many). `datasets` maps a dataset's name to its
-    verified file, or to None where its synthetic stand-in must be used. `operators` is a folder of operator tables, or None.
+    verified file, or to None where its synthetic stand-in must be used.
     """
 
     system: str
