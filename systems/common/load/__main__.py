@@ -1,0 +1,7 @@
+"""`python -m systems.common.load`: see `cli`."""
+
+import sys
+
+from systems.common.load.cli import main
+
+sys.exit(main())
