@@ -11,14 +11,10 @@ times come from tables measured on some GPU (docs/hardware.md); otherwise from t
 from __future__ import annotations
 
 import argparse
-import csv
-import io
 import json
-import math
-import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from systems.common.engine.config import POLICIES, EngineConfig
@@ -27,16 +23,13 @@ from systems.common.engine.memory import kv_blocks
 from systems.common.engine.results import to_records
 from systems.common.engine.simulated import IterationCost, SimulatedExecutor
 from systems.common.errors import InputError
-from systems.common.hardware import costs, parse_testbed
-from systems.common.metrics import Records, summarise
-from systems.common.models import model
-from systems.common.workloads.build import Workload, from_csv
+from systems.common.hardware import CalibratedCosts, OperatorCosts, costs, parse_testbed
+from systems.common.metrics import summarise
+from systems.common.models import ModelShape, model
+from systems.common.serving_files import check, plain, shown, table, write
+from systems.common.workloads.build import from_csv
 
 WATERMARK = {"prefill-first": 0.01, "chunked-prefill": 0.0}
-COLUMNS = (
-    "index", "input_tokens", "output_tokens", "queued_s", "scheduled_s", "first_token_s", "finish_s",
-    "ttft_s", "tpot_s", "e2e_s", "preemptions", "status",
-)  # fmt: skip
 
 
 def parser() -> argparse.ArgumentParser:
@@ -48,7 +41,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--model", required=True, help="a model shape, such as llama-3.1-8b")
     made.add_argument("--hardware", required=True, help="GPUs, such as rtx4090 or a100-80x2")
     made.add_argument("--tp", type=int, help="tensor-parallel degree (default: all GPUs of --hardware)")
-    made.add_argument("--operators", type=Path, help="folder of operator tables measured on this GPU")
+    made.add_argument("--operators", type=Path, help="folder of operator tables or of a calibration measured on this GPU")
     made.add_argument("--policy", choices=POLICIES, default="chunked-prefill", help="batching policy (default: %(default)s)")
     made.add_argument("--max-num-batched-tokens", type=int, default=2048, help="token budget of an iteration (%(default)s)")
     made.add_argument("--max-num-seqs", type=int, default=256, help="most sequences at once (%(default)s)")
@@ -59,19 +52,23 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument(
         "--admit-partial-prompts", action="store_true", help="admit a prompt when its first chunk fits (vLLM < 0.19)"
     )
-    made.add_argument("--overhead-us", type=float, default=0.0, help="host time per iteration, microseconds (%(default)s)")
+    made.add_argument(
+        "--overhead-us", type=float, help="host time per iteration, microseconds (default: the calibration's, else 0)"
+    )
     made.add_argument("--out", type=Path, required=True, help="folder for requests.csv and summary.json")
     return made
 
 
-def _engine(options: argparse.Namespace) -> Engine:
+def _engine(options: argparse.Namespace) -> tuple[Engine, SimulatedExecutor]:
     testbed = parse_testbed(options.hardware, "--hardware")
     shape = model(options.model, "--model")
     tp = testbed.count if options.tp is None else options.tp
-    priced = costs(shape, testbed, tp, operators=options.operators)
-    if not options.overhead_us >= 0:
+    if options.overhead_us is not None and not options.overhead_us >= 0:
         raise InputError("simulate", "--overhead-us", options.overhead_us, "give 0 or more microseconds")
+    priced = costs(shape, testbed, tp, operators=options.operators)
     blocks = options.num_gpu_blocks
+    if blocks is None and isinstance(priced, CalibratedCosts) and priced.calibration.engine.block_tokens == options.block_size:
+        blocks = priced.calibration.engine.num_gpu_blocks
     if blocks is None:
         blocks = kv_blocks(shape, testbed, tp, options.gpu_memory_utilization, options.block_size)
     config = EngineConfig(
@@ -83,64 +80,40 @@ def _engine(options: argparse.Namespace) -> Engine:
         watermark=WATERMARK[options.policy] if options.watermark is None else options.watermark,
         reserve_prompt=not options.admit_partial_prompts,
     )
-    return Engine(config, SimulatedExecutor(IterationCost(priced, shape, options.overhead_us * 1e-6)))
+    executor = executor_of(priced, shape, None if options.overhead_us is None else options.overhead_us * 1e-6)
+    return Engine(config, executor), executor
 
 
-def _check(workload: Workload, config: EngineConfig, file: Path) -> None:
-    """Refuse the file before anything runs when one of its requests could never finish."""
-    for row, request in enumerate(workload.requests, start=2):
-        try:
-            config.check(request.input_tokens, request.output_tokens)
-        except InputError as error:
-            raise InputError(f"{file} line {row}", error.key, error.value, error.mend) from error
+def executor_of(priced: OperatorCosts, shape: ModelShape, overhead_s: float | None = None) -> SimulatedExecutor:
+    """The simulated executor over `priced`; from a calibration also the padding, host time and early launches of its engine."""
+    if not isinstance(priced, CalibratedCosts):
+        return SimulatedExecutor(IterationCost(priced, shape, overhead_s or 0.0))
+    facts = priced.calibration.engine
+    cost = IterationCost(priced, shape, facts.host_s if overhead_s is None else overhead_s, facts.padding, priced.rest_s)
+    return SimulatedExecutor(cost, facts.launch_ahead_s or 0.0, facts.launch_ahead_s is not None)
 
 
-def _table(records: Records) -> str:
-    columns = (
-        range(len(records)), records.input_tokens.tolist(), records.output_tokens.tolist(), records.arrival_s.tolist(),
-        records.scheduled_s.tolist(), records.first_token_s.tolist(), records.finish_s.tolist(), records.ttft_s.tolist(),
-        records.tpot_s.tolist(), records.e2e_s.tolist(), records.preemptions.tolist(), records.columns()["status"],
-    )  # fmt: skip
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(COLUMNS)
-    writer.writerows(zip(*columns, strict=True))
-    return text.getvalue()
+def engine_of(
+    config: EngineConfig, model_name: str, hardware: str, operators: Path | None = None
+) -> tuple[Engine, SimulatedExecutor]:
+    """An idle simulated engine with the limits `config`, on one GPU.
 
-
-def _write(path: Path, text: str) -> None:
-    """Under a temporary name first, so that a reader never sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text)
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise InputError(
-            path, "--out", str(path.parent), f"cannot be written ({error.strerror}): free space or choose another folder"
-        ) from error
-
-
-def _shown(summary: Mapping[str, object]) -> str:
-    rows = [f"{'':12}{'mean':>10}{'p50':>10}{'p90':>10}{'p99':>10}"]
-    for name in ("ttft", "tpot", "itl", "e2e", "queue"):
-        values = [summary.get(f"{name}_{of}_s", math.nan) for of in ("mean", "p50", "p90", "p99")]
-        rows.append(f"{name + ' (s)':12}" + "".join(f"{value:10.4f}" for value in values))
-    return "\n".join(rows)
+    Raises InputError for unknown names and unusable tables.
+    """
+    testbed, shape = parse_testbed(hardware, "--hardware"), model(model_name, "--model")
+    executor = executor_of(costs(shape, testbed, 1, operators=operators), shape)
+    return Engine(config, executor), executor
 
 
 def simulate(options: argparse.Namespace) -> dict[str, object]:
     """Run the command; the summary that it wrote."""
     workload = from_csv(options.requests)
-    engine = _engine(options)
-    _check(workload, engine.config, options.requests)
+    engine, executor = _engine(options)
+    check(workload, engine.config, options.requests)
     began = time.perf_counter()
-    sequences = serve(engine, workload.requests)
+    sequences = serve(engine, workload.requests, ahead=executor if executor.launches_ahead else None)
     took_s = time.perf_counter() - began
     records = to_records(sequences, engine)
-    executor = engine.executor
-    assert isinstance(executor, SimulatedExecutor)
     summary: dict[str, object] = {
         **summarise(records),
         "engine_steps": engine.steps,
@@ -148,14 +121,9 @@ def simulate(options: argparse.Namespace) -> dict[str, object]:
         "hardware_model": executor.cost.costs.source,
         "simulation_s": took_s,
     }
-    _write(options.out / "requests.csv", _table(records))
-    _write(options.out / "summary.json", json.dumps(_plain(summary), indent=2, sort_keys=True) + "\n")
+    write(options.out / "requests.csv", table(records))
+    write(options.out / "summary.json", json.dumps(plain(summary), indent=2, sort_keys=True) + "\n")
     return summary
-
-
-def _plain(summary: Mapping[str, object]) -> dict[str, object]:
-    """NaN is not JSON: a number that no request defines becomes null."""
-    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in summary.items()}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -167,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(error, file=sys.stderr)
         return 2
     print(f"{summary['finished']} requests, {summary['engine_steps']} iterations, {summary['hardware_model']}")
-    print(_shown(summary))
+    print(shown(summary))
     return 0
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from systems.common.errors import InputError
+from systems.common.hardware.calibrated import CalibratedCosts, read_calibration
 from systems.common.hardware.cost import Affine, Chunk, OperatorCosts
 from systems.common.hardware.datasheet import GPUS, Gpu, Testbed, gpu, parse_testbed
 from systems.common.hardware.efficiencies import Efficiencies, default_efficiencies
@@ -17,11 +18,11 @@ from systems.common.hardware.tables import read_kernel_tables, read_linear_table
 from systems.common.models import ModelShape, model
 
 __all__ = [
-    "GPUS", "Affine", "Chunk", "Efficiencies", "Gpu", "OperatorCosts", "PublishedLinearCosts", "RooflineCosts", "TableCosts",
-    "Testbed", "costs", "default_efficiencies", "gpu", "parse_testbed",
+    "GPUS", "Affine", "CalibratedCosts", "Chunk", "Efficiencies", "Gpu", "OperatorCosts", "PublishedLinearCosts",
+    "RooflineCosts", "TableCosts", "Testbed", "costs", "default_efficiencies", "gpu", "parse_testbed",
 ]  # fmt: skip
 
-SOURCES = ("roofline", "published")
+SOURCES = ("roofline", "published", "calibrated")
 
 
 def costs(
@@ -38,8 +39,9 @@ def costs(
         shape: a model shape, or its name in `MODELS`.
         testbed: GPUs, or a name such as `rtx3090x2`.
         tp: tensor-parallel degree, at most the testbed's number of GPUs.
-        source: `roofline`, or `published` for tables in `operators`.
-        operators: a folder of kernel times or a CSV of linear operators (docs/hardware.md); implies `published`.
+        source: `roofline`; `published` or `calibrated` for tables in `operators`.
+        operators: a folder that `snakemake calibrate` wrote, a folder of kernel times or a CSV of linear operators
+            (docs/hardware.md); implies their source.
         dtype: number format instead of the shape's own.
 
     Raises:
@@ -55,16 +57,18 @@ def costs(
     testbed.gpu.dtype(shape.dtype)  # refuses a format that the GPU cannot compute in
     roofline = RooflineCosts(shape, testbed.gpu, tp, default_efficiencies(testbed.gpu))
     if operators is not None:
-        return _published(operators, roofline)
-    if source == "published":
+        return _tables(operators, roofline)
+    if source != "roofline":
         raise InputError(
             "hardware", "operators", None, "give a folder or CSV of operator tables; docs/hardware.md describes them"
         )
     return roofline
 
 
-def _published(operators: Path, rest: RooflineCosts) -> OperatorCosts:
-    """Costs from a folder of kernel times, or from a CSV of linear operators."""
+def _tables(operators: Path, rest: RooflineCosts) -> OperatorCosts:
+    """Costs from a calibration, a folder of kernel times, or a CSV of linear operators."""
+    if (operators / "layer.csv").is_file():
+        return CalibratedCosts(read_calibration(operators), rest)
     if operators.suffix == ".csv":
         return PublishedLinearCosts(read_linear_table(operators, rest.tp, rest.model), rest)
     tables = read_kernel_tables(operators, rest.tp)

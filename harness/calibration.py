@@ -1,0 +1,71 @@
+"""What the rules of workflows/calibrate.smk are told: which GPUs can be measured, and which have been.
+
+Measurements live under `reference/<gpu>/`: `calibrated/<model>/` as `systems.common.calibrate` writes it, and
+`fidelity/<model>/<workload>/` as `systems.common.measure` does.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Protocol
+
+from harness.config import Config
+from harness.provenance import commit
+from systems.registry import InputError
+
+REFERENCE = Path("reference")
+MODEL = "llama-3.1-8b"
+"""The model shape that `snakemake calibrate` measures; `systems.common.calibrate` takes any."""
+
+
+class Wildcards(Protocol):
+    """Of the rules: a GPU of the datasheet, a model shape."""
+
+    gpu: str
+    model: str
+
+
+def calibrations(config: Config, refuse: Callable[[InputError], object]) -> Callable[[object], list[str]]:
+    """An input function: the calibration of the configured hardware; `refuse` is told when that names no GPU."""
+
+    def files(_wildcards: object) -> list[str]:
+        if config.hardware == "paper":
+            mend = "say which GPU this machine has: --config hardware=h200x1"
+            refuse(InputError("--config", "hardware", config.hardware, mend))
+        gpu = re.sub(r"(?<=\d)x\d+$", "", config.hardware)  # names of GPUs end in a digit, as in rtx4090x2
+        return [f"{config.results}/calibrated/{gpu}/{MODEL}/meta.yaml"]
+
+    return files
+
+
+def measured_runs(wildcards: Wildcards) -> list[str]:
+    """The recorded runs of one GPU and model."""
+    return sorted(map(str, (REFERENCE / wildcards.gpu / "fidelity" / wildcards.model).glob("*/requests.csv")))
+
+
+def fidelity(config: Config) -> list[str]:
+    """The comparison of every GPU and model that has recorded runs."""
+    pairs = sorted({(path.parts[1], path.parts[3]) for path in REFERENCE.glob("*/fidelity/*/*/requests.csv")})
+    return [f"{config.results}/fidelity/{gpu}/{model}/fidelity.pdf" for gpu, model in pairs]
+
+
+def fidelity_options(wildcards: Wildcards) -> list[str]:
+    """Options of `systems.common.fidelity_table`."""
+    calibrated = REFERENCE / wildcards.gpu / "calibrated" / wildcards.model
+    operators = ["--operators", str(calibrated)] if (calibrated / "meta.yaml").is_file() else []
+    return ["--measured", str(REFERENCE / wildcards.gpu / "fidelity" / wildcards.model), *operators]
+
+
+def simulator_version(_wildcards: object) -> str:
+    """The version of the code that simulates."""
+    from harness.code_version import code_version
+
+    return code_version("systems/common/engine", "systems/common/hardware", "systems/common/fidelity_table.py")[:16]
+
+
+def commit_name(_wildcards: object) -> str:
+    """The commit of this checkout, with `+` where files differ from it."""
+    found = commit(Path.cwd())
+    return f"{found['commit']}{'+' if found['dirty'] is True else ''}"

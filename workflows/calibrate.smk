@@ -1,0 +1,67 @@
+# Measuring a GPU for the simulator, and telling how far the simulator then is from measurements.
+
+
+# On the machine that has the GPU: here, or where the Slurm profile sends it. `--config hardware=` says which GPU it is.
+rule measure_operators:
+    output:
+        meta="<results>/calibrated/{gpu}/{model}/meta.yaml",
+    log:
+        "<results>/calibrated/{gpu}/{model}.log",
+    conda:
+        "envs/fivefold.yaml"
+    resources:
+        gpu=1,
+        gpu_model=lambda wildcards: wildcards.gpu,
+    params:
+        commit=calibration.commit_name,
+        folder=lambda wildcards, output: output.meta.removesuffix("/meta.yaml"),
+    shell:
+        "python -m systems.common.calibrate --model {wildcards.model:q} --gpu {wildcards.gpu:q}"
+        " --commit {params.commit:q} --out {params.folder:q} 2> >(tee {log:q} >&2)"
+
+
+rule calibrate:
+    input:
+        calibration.calibrations(PROJECT.config, targets.refuse),
+    localrule: True
+
+
+rule compare_with_measured:
+    input:
+        calibration.measured_runs,
+    output:
+        "<results>/fidelity/{gpu}/{model}/table.csv",
+    log:
+        "<results>/fidelity/{gpu}/{model}/table.log",
+    localrule: True
+    conda:
+        "envs/fivefold.yaml"
+    params:
+        options=calibration.fidelity_options,
+        code=calibration.simulator_version,
+    shell:
+        "python -m systems.common.fidelity_table --model {wildcards.model:q} --hardware {wildcards.gpu:q}"
+        " {params.options:q} --out {output:q} 2> >(tee {log:q} >&2)"
+
+
+rule draw_fidelity:
+    input:
+        "<results>/fidelity/{gpu}/{model}/table.csv",
+    output:
+        "<results>/fidelity/{gpu}/{model}/fidelity.pdf",
+    log:
+        "<results>/fidelity/{gpu}/{model}/draw.log",
+    localrule: True
+    conda:
+        "envs/fivefold.yaml"
+    params:
+        code=PROJECT.draw_code,
+    shell:
+        "exec python -m harness.fidelity --gpu {wildcards.gpu:q} --table {input:q} --out {output:q} --log {log:q}"
+
+
+# Every GPU and model that has recorded runs, on any machine.
+rule fidelity:
+    input:
+        calibration.fidelity(PROJECT.config),
+    localrule: True
