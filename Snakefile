@@ -5,11 +5,12 @@ from snakemake.utils import min_version
 
 min_version("9.14")
 
-from harness import runlock, streams, targets
+from harness import calibration, retries, runlock, streams, targets
 
 PROJECT = targets.load(config)
 runlock.guard(workflow)
 streams.outlive_readers(logger)
+retries.only_where_they_may_help()
 targets.use_this_python()
 targets.use_inventory(PROJECT.config)
 
@@ -24,11 +25,14 @@ wildcard_constraints:
     figure="[A-Za-z][A-Za-z0-9_]*",
     series="[A-Za-z][A-Za-z0-9_]*",
     dataset="[A-Za-z0-9_.-]+",
+    gpu="[a-z0-9-]+",
+    model="[a-z0-9.-]+",
 
 
 include: "workflows/figures.smk"
 include: "workflows/provision.smk"
 include: "workflows/containers.smk"
+include: "workflows/calibrate.smk"
 
 
 rule all:

@@ -51,7 +51,7 @@ def main() -> None:
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     folder = Path(tempfile.mkdtemp(prefix="fivefold-bench-"))
     try:
-        with SshLab(folder / "lab", hosts=1) as lab:
+        with SshLab(folder / "lab", hosts=1, keep=[sys.prefix]) as lab:
             (lab.hosts[0].root / "checkout").mkdir()
             (lab.hosts[0].root / "checkout" / ".venv").symlink_to(sys.prefix)
             inventory = lab.inventory(folder / "lab.yaml")

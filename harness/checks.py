@@ -168,7 +168,11 @@ def check_inventory(path: Path, root: Path) -> Iterator[Finding]:
     inventory = load_inventory(path)
     count = len(inventory.hosts)
     yield Finding(Level.OK, "hosts", f"{path}: {count} host{'s' if count != 1 else ''}")
-    if any(not host.local or host.gpus for host in inventory.hosts):
+    if any(host.endpoint for host in inventory.hosts):
+        from harness.load import check
+
+        yield from (check(host) for host in inventory.hosts if host.endpoint)
+    if any(host.gpus or not (host.local or host.only_endpoint) for host in inventory.hosts):
         from harness.provision import status
 
         yield from status.findings(inventory, status.wanted(status.testbeds(root)))

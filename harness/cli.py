@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TextIO
 
+from harness import retries
 from harness.atomic import make_folder, writing
 from harness.streams import Lasting
 from systems.registry import InputError
@@ -35,8 +36,11 @@ def run(main: Callable[[Sequence[str] | None], int], argv: Sequence[str] | None 
     given = list(sys.argv[1:] if argv is None else argv)
     with contextlib.redirect_stdout(Lasting(sys.stdout)), contextlib.redirect_stderr(Lasting(sys.stderr)):
         try:
-            with _logging(given) as rest:
-                return _run(main, rest)
+            with _logging(given) as (rest, log):
+                status = _run(main, rest)
+                if log is not None and status == UNUSABLE:
+                    retries.mark(log)
+                return status
         except InputError as error:  # the log cannot be written
             return _say(str(error), UNUSABLE)
         finally:
@@ -72,18 +76,19 @@ class _Tee(Lasting):
 
 
 @contextlib.contextmanager
-def _logging(argv: list[str]) -> Iterator[list[str]]:
-    """Obeys `--log FILE` in `argv` while the block runs; gives the rest of `argv`."""
+def _logging(argv: list[str]) -> Iterator[tuple[list[str], Path | None]]:
+    """Obeys `--log FILE` in `argv` while the block runs; gives the rest of `argv`, and the file."""
     if "--log" not in argv[:-1]:
-        yield argv
+        yield argv, None
         return
     place = argv.index("--log")
     path = Path(argv[place + 1])
     with writing(path):
         make_folder(path.parent)
         log = path.open("w", encoding="utf-8", errors="replace")
+    retries.unmark(path)
     with contextlib.redirect_stderr(_Tee(sys.stderr, log)):
-        yield argv[:place] + argv[place + 2 :]
+        yield argv[:place] + argv[place + 2 :], path
     with contextlib.suppress(OSError):
         log.close()
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from harness.references import refuse_secrets
 from harness.safe_yaml import read_mapping
 from harness.validation import Model, validate
 from systems.registry import InputError
@@ -59,11 +60,13 @@ def load_config(path: Path, overrides: Mapping[str, Any] | None = None) -> Confi
     """The configuration in the file `path` with `overrides` (from `--config`) put over it.
 
     Raises:
-        InputError: a key or a value in either is wrong, or a dataset mirror that was named does not exist.
+        InputError: a key or a value in either is wrong or a secret, or a dataset mirror that was named does not exist.
     """
     said = read_mapping(path)
+    refuse_secrets(said, path)  # first, so that no other message can show one
     validate(Config, said, path)
     given = {key: value for key, value in (overrides or {}).items() if said.get(key, Ellipsis) != value}
+    refuse_secrets(given, COMMAND_LINE)
     config = validate(Config, {**said, **given}, COMMAND_LINE if given else path)
     if config.dataset_mirror not in (None, _MIRROR) and config.mirror is None:
         where = COMMAND_LINE if "dataset_mirror" in given else path

@@ -10,8 +10,9 @@ import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PrivateAttr, field_validator, model_validator
 
 from harness.ranges import RangeError, expand
 from harness.references import REFERENCE, resolve
@@ -117,7 +118,36 @@ class NoRunner(Model):
     """`none`."""
 
 
+class Endpoint(Model):
+    """A server that is there already, reached over HTTP: vLLM, SGLang, ours, or whatever speaks OpenAI's API."""
+
+    url: str = Field(max_length=500)
+    """Where it answers: `http://host:port/v1`."""
+    model: str | None = Field(default=None, pattern=r"^[^\x00-\x1f\x7f]+$", max_length=255)
+    """The model's name there; without it, the first that the server lists."""
+    kind: Literal["fivefold", "openai", "sglang", "vllm"] = "vllm"
+    """What it understands beyond OpenAI's API: all but `openai` take token ids and force an answer's length."""
+    api_key: str | None = Field(default=None, pattern=r"^(?:env:[A-Za-z_][A-Za-z0-9_]*|file:[^\x00-\x1f]+)$")
+    """A reference to the key that it asks for: `env:NAME` or `file:PATH` (of this machine)."""
+
+    @field_validator("url")
+    @classmethod
+    def _plain(cls, text: str) -> str:
+        parts = urlsplit(text)
+        usable = parts.scheme in ("http", "https") and parts.hostname and text.isprintable()
+        if not usable or parts.query or parts.fragment:
+            raise ValueError("use http://host:port/v1")
+        if parts.username is not None or parts.password is not None:
+            raise ValueError("no user and password in an address: use api_key")
+        return text
+
+
 Runner = Annotated[Venv | Container | NoRunner, Field(discriminator="kind")]
+
+
+def is_only_endpoint(data: Mapping[str, object]) -> bool:
+    """`Host.only_endpoint`, of a host as the file says it."""
+    return data.get("endpoint") is not None and data.get("local") is not True and data.get("address") is None
 
 
 class Host(Model):
@@ -147,6 +177,8 @@ class Host(Model):
     """How jobs run there."""
     environment: Mapping[Variable, Value] = {}
     """Variables for jobs on that host; a secret as `env:NAME` (of this machine) or `file:PATH` (on this machine)."""
+    endpoint: Endpoint | None = None
+    """A server to send load to (`python -m harness.load`); with neither address nor `local`, the host is nothing else."""
     tags: tuple[Name, ...] = ()
     """Words by which experiments choose hosts, such as the roles that they may take."""
     slots: int | None = Field(default=None, ge=1, le=256)
@@ -164,6 +196,8 @@ class Host(Model):
                 raise Wrong(key, getattr(self, key), "a local host is not connected to: remove this key, or `local`")
         if self.local and "port" in self.model_fields_set:
             raise Wrong("port", self.port, "a local host is not connected to: remove this key, or `local`")
+        if self.only_endpoint:
+            return self._nothing_but_endpoint()
         for key in ("address", "user"):
             if not self.local and getattr(self, key) is None:
                 raise Wrong(key, "(absent)", "add this key, or `local: true` for this machine")
@@ -174,12 +208,34 @@ class Host(Model):
             raise Wrong("host_key", self.host_key, "every host has a key of its own: let `trust` record them")
         return self
 
+    def _nothing_but_endpoint(self) -> Host:
+        for key in (*REMOTE_ONLY, "port", "gpus", "work_dir", "environment", "slots"):
+            if key in self.model_fields_set and getattr(self, key) is not None:
+                raise Wrong(key, getattr(self, key), "nobody logs in to an endpoint: remove this key, or add `address`")
+        if self.runner.kind != "none":
+            raise Wrong("runner", self.runner.kind, "no job runs at an endpoint: remove this key, or add `address`")
+        if len(expand(self.name)) > 1:
+            raise Wrong("name", self.name, "stands for many and the endpoint is one: describe them one by one")
+        return self
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_jobs_at_an_endpoint(cls, data: object) -> object:
+        if isinstance(data, Mapping) and is_only_endpoint(data) and "runner" not in data:
+            return {**data, "runner": {"kind": "none"}}
+        return data
+
     def each(self) -> Iterator[Host]:
         """The hosts that this entry of a file stands for."""
         names = expand(self.name)
         addresses = expand(self.address) if self.address else [None] * len(names)
         for name, address in zip(names, addresses, strict=True):
             yield self.model_copy(update={"name": name, "address": address})
+
+    @property
+    def only_endpoint(self) -> bool:
+        """Whether it is nothing but a server that load can be sent to: no machine to log in to, no job runs there."""
+        return self.endpoint is not None and not self.local and self.address is None
 
     @property
     def via(self) -> Host | None:

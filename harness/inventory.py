@@ -17,7 +17,19 @@ from typing import Any
 
 from pydantic import model_validator
 
-from harness.host import REMOTE_ONLY, Container, Gpu, Host, Name, Runner, Value, Variable, Venv, public_key
+from harness.host import (
+    REMOTE_ONLY,
+    Container,
+    Gpu,
+    Host,
+    Name,
+    Runner,
+    Value,
+    Variable,
+    Venv,
+    is_only_endpoint,
+    public_key,
+)
 from harness.ranges import RangeError, expand
 from harness.references import refuse_secrets
 from harness.safe_yaml import read_mapping
@@ -215,6 +227,8 @@ def _with_defaults(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def _filled(host: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     left_out = {*REMOTE_ONLY, "port"} if host.get("local") is True else set()
+    if is_only_endpoint(host):
+        left_out = set(defaults) - {"tags", "placeholder"}
     if defaults.get("jump") == host.get("name"):
         left_out.add("jump")
     return {**{key: value for key, value in defaults.items() if key not in left_out}, **host}

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
@@ -35,6 +36,7 @@ def environment() -> Mapping[str, Any]:
         "cpu": _cpu(),
         "cpus": os.cpu_count(),
         "gpus": gpus(),
+        "facts": json.loads(os.environ.get("FIVEFOLD_FACTS", "null")),  # what `provision` had found out about this host
         "image": os.environ.get("FIVEFOLD_IMAGE"),  # set where a trial runs in a container: its name and digest
         "command": [Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]],
     }

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from systems.registry import InputError
 
@@ -117,6 +119,9 @@ def without(words: Sequence[str], option: str) -> list[str]:
     return [*words[:place], *words[place + 2 :]]
 
 
-def environment(folder: str, code: str, commit: str, of_host: Mapping[str, str]) -> dict[str, str]:
-    """The variables of a job on a host: its own, and where the code is that was sent."""
-    return {**of_host, "PYTHONPATH": f"{folder}/{code}", "FIVEFOLD_COMMIT": commit, "PYTHONUNBUFFERED": "1"}
+def environment(
+    folder: str, code: str, commit: str, of_host: Mapping[str, str], facts: Mapping[str, Any] | None = None
+) -> dict[str, str]:
+    """The variables of a job on a host: its own, where the code is that was sent, and for provenance what is known here."""
+    told = {"FIVEFOLD_FACTS": json.dumps(facts, sort_keys=True)} if facts else {}
+    return {**of_host, **told, "PYTHONPATH": f"{folder}/{code}", "FIVEFOLD_COMMIT": commit, "PYTHONUNBUFFERED": "1"}

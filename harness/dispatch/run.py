@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from harness import provenance
+from harness.cli import UNUSABLE
 from harness.code_version import ROOT
 from harness.config import config_from_json
 from harness.dispatch import slots
@@ -24,6 +25,7 @@ from harness.launch.errors import RoleLostError
 from harness.launch.leashed import Command, Leashed, Plan, Ready
 from harness.launch.places import Contained, Here, Over, Place
 from harness.launch.staging import Staging
+from harness.provision import facts
 from harness.provision.layout import Layout
 from systems.registry import InputError
 
@@ -34,6 +36,8 @@ _AGAIN_S = 2.0
 _INSIDE = "/fivefold"
 _SILENCE_S = 10.0
 _GRACE_S = 5.0
+_FULL_BYTES = 16 << 20
+"""With less than this on its disk, a host on which a job gave up is taken to be the reason."""
 
 
 class Busy(Exception):  # noqa: N818
@@ -176,13 +180,16 @@ class _Visit:
         self._welcome_back(leash, ready)
         self.cargo.send(leash, ready.found, ready.folder)
         python = self.site.python.replace(self.site.work_dir, ready.folder, 1)
-        env = environment(ready.folder, self.cargo.code, commit(), self.site.place.environment)
+        known = facts.read(self.cargo.job.results, self.site.host.name)
+        env = environment(ready.folder, self.cargo.code, commit(), self.site.place.environment, known)
         argv = self.cargo.job.argv(python)
         leash.run(Command(argv, env, self.cargo.folder, collect=self.cargo.comes_back))
         leash.wait()
         if leash.failure is not None:
             raise leash.failure
         assert leash.code is not None
+        if leash.code == UNUSABLE and leash.free_bytes < _FULL_BYTES and not self.site.host.local:
+            raise RoleLostError(leash.name, "could not go on: the disk there is full", "free some space there")
         return leash.code if leash.code >= 0 else 128 - leash.code
 
     def _prepare(self, leash: Leashed) -> Ready:

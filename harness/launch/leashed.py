@@ -89,6 +89,8 @@ class Leashed:
         self.late = False
         self.code: int | None = None
         """The exit status, minus the number of the signal that ended it; None while it runs, and when it was lost."""
+        self.free_bytes = 0
+        """What of the far disk was free when it ended."""
         self.failure: RoleLostError | None = None
 
     # -- before the command --------------------------------------------------------------------------------------------
@@ -228,7 +230,7 @@ class Leashed:
             self.late = kind == "late"
             self.ready.set()
         elif kind == "exit":
-            self.code = frame["code"]
+            self.free_bytes, self.code = frame["free"], frame["code"]
             self.ended.set()
         return bool(kind != "cleaned")
 

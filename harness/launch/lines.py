@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, Protocol
 
 _TAIL_BYTES = 4096
+_LAST_WORD_S = 2.0
 _PIECES = 64  # so many wait to be sent before the sender waits
 
 
@@ -69,7 +70,9 @@ class ProcessLine:
             self._process.wait()
 
     def trouble(self) -> str:
-        """The end of what the child wrote to standard error."""
+        """The end of what the child wrote to standard error; one that is about to end gets a moment to say why."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(_LAST_WORD_S)
         size = os.fstat(self._words.fileno()).st_size
         return os.pread(self._words.fileno(), _TAIL_BYTES, max(0, size - _TAIL_BYTES)).decode("utf-8", "replace").strip()
 
@@ -126,7 +129,10 @@ class CarriedLine:
         self._thread.join(5.0)
 
     def trouble(self) -> str:
-        """The error that ended it."""
+        """The error that ended it. The output may have ended a moment before that is known, and that takes the input's end."""
+        with contextlib.suppress(queue.Full):
+            self._pieces.put_nowait(None)
+        self._cut.wait(_LAST_WORD_S)
         return str(self._error or "")
 
     def _end_of_pieces(self) -> None:

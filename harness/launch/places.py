@@ -18,6 +18,9 @@ if TYPE_CHECKING:
     from harness.inventory import Host
     from harness.remote import Timing
 
+_IMAGE = "FIVEFOLD_IMAGE"
+# the digest that a registry knows the image by, else the engine's own
+_IDENTITY = "{{if .RepoDigests}}{{index .RepoDigests 0}}{{else}}@{{.Id}}{{end}}"
 FAR_SILENCE_S = 10.0
 """How long a host that is reached over a network goes on without a word from the controller before it ends its roles."""
 
@@ -165,11 +168,25 @@ class Contained:
         options += [f"--cpus={self.cpus:g}"] if self.cpus else []
         options += [f"--gpus={self.gpus}"] if self.gpus else []
         options += [f"--mount=type=bind,source={source},target={target}" for source, target in self.mounts.items()]
+        options += [f"--env={_IMAGE}"]
         words = " ".join(map(shlex.quote, [self.engine, "run", *options]))
         # what only that machine knows: its user, so that files are that user's, and the home that `~/` stands for
         words = words.replace("source=~/", "source='\"$HOME\"'/")
         made = "".join(f"[ -e {path} ] || mkdir -p {path}; " for path in map(_word, self.mounts))
+        made += self._identify()
         return ["sh", "-c", f'{made}exec {words} --user="$(id -u):$(id -g)" {shlex.join([self.image, *argv])}']
+
+    def _identify(self) -> str:
+        """For a shell: pull the image where it is not there, and tell what runs inside which one it is, for provenance."""
+        inspect = shlex.join([self.engine, "image", "inspect", "--format", _IDENTITY, self.image])
+        pull = shlex.join([self.engine, "pull", "--quiet", self.image])
+        found = f"{_IMAGE}=$({inspect} 2>/dev/null)"
+        name = shlex.quote(self.image.partition("@")[0])
+        # the engine's last words are why the image cannot be had
+        return (
+            f"{found} || {{ {pull} >/dev/null && {found}; }} || exit 125; "
+            f"case ${_IMAGE} in @*) {_IMAGE}={name}${_IMAGE};; esac; export {_IMAGE}; "
+        )
 
     def carry(self, argv: Sequence[str]) -> Line:
         """A container whose process 1 is `argv`."""

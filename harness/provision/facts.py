@@ -8,10 +8,12 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from harness.atomic import write_atomically
-from harness.inventory import Gpu, Host
+
+if TYPE_CHECKING:  # so that a bare Python can gather facts of its own machine (benchmarks/host_facts.py)
+    from harness.inventory import Gpu, Host
 
 NEEDED_GIB = 2.0
 """Free disk for the environment while it is made: packages, and the files unpacked from them."""

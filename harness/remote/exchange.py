@@ -148,4 +148,5 @@ class Exchange:
 
     def _fail(self, error: BaseException) -> None:
         self.failure = self.failure or error
-        self.channel.close()
+        with contextlib.suppress(OSError, EOFError):  # the connection has ended: so has the channel
+            self.channel.close()

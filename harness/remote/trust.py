@@ -117,7 +117,8 @@ def report(shown: Mapping[str, Shown], failed: Mapping[str, InputError]) -> str:
 
 
 def _remote(inventory: Inventory, names: Sequence[str]) -> list[Host]:
-    return [host for host in inventory.select(*names) if not host.local and (names or not host.placeholder)]
+    chosen = [host for host in inventory.select(*names) if not (host.local or host.only_endpoint)]
+    return [host for host in chosen if names or not host.placeholder]
 
 
 def _accept(host: Host, accepted: str) -> int:

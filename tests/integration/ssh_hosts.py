@@ -5,6 +5,7 @@ PYTEST_DONT_REWRITE: no assert here.
 
 from __future__ import annotations
 
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,8 +22,9 @@ ONCE = Timing(connect_s=1.0, attempts=1, probe_s=0.3, silence_s=1.5)
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[SshLab]:
-    with running(SshLab(tmp_path_factory.mktemp("ssh"), hosts=2)) as lab, lab.inside():
+def lab(tmp_path_factory: pytest.TempPathFactory, root: Path) -> Iterator[SshLab]:
+    own = SshLab(tmp_path_factory.mktemp("ssh"), hosts=2, hide=[str(root)], keep=[sys.prefix])
+    with running(own) as lab, lab.inside():
         yield lab
 
 
@@ -58,7 +60,8 @@ class Traps:
 
     def sprung(self) -> list[Path]:
         """The files that were made; on a host, its disk, the root and the home are looked at, and here the current folder."""
-        places = [Path.home(), Path("/"), Path("/tmp"), Path.cwd(), *(host.root for host in self._lab.hosts)]
+        homes = [self._lab.rooms[host.name].see(Path.home()) for host in self._lab.hosts]
+        places = [Path.home(), Path("/"), Path("/tmp"), Path.cwd(), *homes, *(host.root for host in self._lab.hosts)]
         found = [place / self.name for place in places if (place / self.name).exists()]
         return found + [path for host in self._lab.hosts for path in host.root.rglob(f"{self.name}*")]
 

@@ -67,6 +67,27 @@ class TestSshLab:
         assert (hosts[0].root / "file").read_text() == "mine\n"
         assert ssh(ssh_lab, "node02", f"ls {WORK_DIR}").stdout == ""
 
+    def test_no_settings_of_this_machine_are_theirs(self, ssh_lab):
+        """Such as a `~/.bashrc`, which bash reads for every command that comes over SSH."""
+        told = ssh(ssh_lab, "node01", "cd && pwd && ls -A; cat /etc/bash.bashrc; command -v python3").stdout.splitlines()
+        below = Path(sys.base_prefix).relative_to("/root").parts[:1] if sys.base_prefix.startswith("/root/") else ()
+        assert told == ["/root", *below, f"{sys.base_prefix}/bin/python3"]
+
+    def test_folders_below_hidden_ones_are_hidden_with_them(self, tmp_path):
+        (tmp_path / "a" / "b" / "kept").mkdir(parents=True)
+        (tmp_path / "a" / "b" / "file").touch()
+        hide = [str(tmp_path / "a" / "b"), str(tmp_path / "a")]
+        with running(SshLab(tmp_path / "lab", hosts=1, hide=hide, keep=[str(tmp_path / "a" / "b" / "kept")])) as lab:
+            assert ssh(lab, "node01", f"cd {tmp_path}/a && find .").stdout.split() == [".", "./b", "./b/kept"]
+
+    def test_a_host_can_have_a_docker_engine(self, tmp_path):
+        with running(SshLab(tmp_path / "lab", hosts=2)) as lab:
+            engine = lab.start_engine("node02")
+            assert lab.on("node02", ["docker", "version", "-f", "{{.Server.Os}}"]).stdout == "linux\n"
+            assert engine.info()["Name"] == "node02" and not engine.info()["Containers"]
+            assert lab.on("node01", ["docker", "version"], check=False).returncode
+        assert traces(tmp_path / "lab") == []
+
     def test_controller_knows_the_hosts_and_no_way_out(self, ssh_lab):
         assert ssh_lab.python(["-c", "import socket; print(socket.gethostbyname('node02'))"]).stdout.strip() == (
             ssh_lab.hosts[1].address
@@ -194,12 +215,14 @@ class TestSshLab:
             assert reaches(lab, "node02")
 
     def test_two_labs_side_by_side_and_hidden_folders(self, ssh_lab, root, tmp_path):
-        with running(SshLab(tmp_path / "lab", hosts=2, hide=[str(root)])) as other:
+        with running(SshLab(tmp_path / "lab", hosts=2, hide=[str(root)], keep=[str(root / "docs")])) as other:
             assert other.hosts[0].address == ssh_lab.hosts[0].address
             other.kill("node01")
             assert reaches(ssh_lab, "node01")
-            assert ssh(other, "node02", f"ls -A {root}").stdout == ""
-        assert "pyproject.toml" in ssh(ssh_lab, "node02", f"ls {root}").stdout
+            assert ssh(other, "node02", f"ls -A {root}").stdout == "docs\n"
+            assert "labs.md" in ssh(other, "node02", f"ls {root}/docs").stdout
+            assert "Read-only" in ssh(other, "node02", f"touch {root}/docs/labs.md", check=False).stderr
+        assert ssh(ssh_lab, "node02", f"ls {tmp_path}").stdout == "lab\n"
 
 
 def told_of_the_end(connection):

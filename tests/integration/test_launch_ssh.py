@@ -49,10 +49,10 @@ with Launch(roles, Path(sys.argv[2])):
 
 
 @pytest.fixture(scope="module")
-def lab() -> Iterator[SshLab]:
+def lab(root: Path) -> Iterator[SshLab]:
     folder = Path(os.environ.get("TMPDIR", "/tmp"), f"fivefold-launch-{os.getpid()}")
     try:
-        with SshLab(folder, hosts=2) as lab:
+        with SshLab(folder, hosts=2, hide=[str(root)], keep=[sys.prefix]) as lab:
             yield lab
     except LabUnavailableError as error:
         pytest.skip(str(error))

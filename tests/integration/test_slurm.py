@@ -105,12 +105,26 @@ def lab() -> Iterator[SlurmLab]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+# Snakemake, but for the plugin's pauses between its looks at the queue (up to three minutes).
+EAGER = """
+import asyncio
+from snakemake.cli import main
+from snakemake_interface_executor_plugins.executors.remote import RemoteExecutor
+
+async def a_second(self):
+    await asyncio.sleep(1)
+
+RemoteExecutor.sleep = a_second
+main()
+"""
+
+
 class Run:
     """`snakemake fake_knee --profile slurm` as a client of the lab."""
 
     def __init__(self, lab: SlurmLab, project: Project, *arguments: str, sleep_s: str) -> None:
         self.lab, self.project = lab, project
-        argv = [sys.executable, "-m", "snakemake", "fake_knee", "--profile", "slurm", *arguments]
+        argv = [sys.executable, "-c", EAGER, "fake_knee", "--profile", "slurm", *arguments]
         environment = {**os.environ, **lab.environment, "FAKE_LOG": str(project.log), "FAKE_SLEEP_S": sleep_s}
         self.process = subprocess.Popen(
             lab.command(argv, project.root),
@@ -136,11 +150,17 @@ class Run:
         return said
 
 
+_TABLE: list[bytes] = []
+
+
 @pytest.fixture
 def undisturbed(cluster_project: Callable[[str], Project]) -> bytes:
-    project = cluster_project("undisturbed")
-    project.build("fake_knee")
-    return (project.results / "table.csv").read_bytes()
+    """The table as this machine makes it: once for all tests."""
+    if not _TABLE:
+        project = cluster_project("undisturbed")
+        project.build("fake_knee")
+        _TABLE.append((project.results / "table.csv").read_bytes())
+    return _TABLE[0]
 
 
 def ended(lab: SlurmLab, how: str) -> bool:
@@ -159,7 +179,7 @@ def test_a_cancelled_job_and_a_drained_node(
     lab: SlurmLab, cluster_project: Callable[[str], Project], undisturbed: bytes
 ) -> None:
     project = cluster_project("project")
-    run = Run(lab, project, sleep_s="0.3")
+    run = Run(lab, project, sleep_s="0.15")
     job, node = run.job()
     lab.drain(node)
     lab.run(["scancel", job])
@@ -175,10 +195,12 @@ def test_a_cancelled_job_and_a_drained_node(
 @pytest.mark.slow
 def test_a_node_that_dies(lab: SlurmLab, cluster_project: Callable[[str], Project], undisturbed: bytes) -> None:
     project = cluster_project("project")
-    run = Run(lab, project, sleep_s="0.3")
-    _, node = run.job()
+    run = Run(lab, project, sleep_s="0.15")
+    job, node = run.job()
     lab.kill_node(node)
     try:
+        until(lambda: state(lab, job) == "PENDING", 60)
+        lab.hurry(job)
         run.complete()
     finally:
         lab.resume(node)
@@ -188,15 +210,13 @@ def test_a_node_that_dies(lab: SlurmLab, cluster_project: Callable[[str], Projec
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(
-    "FIVEFOLD_LONG" not in os.environ, reason="Slurm's shortest limit is a minute: set FIVEFOLD_LONG=1 and wait five"
-)
 def test_a_job_that_runs_out_of_time_goes_on_from_its_history(
     lab: SlurmLab, cluster_project: Callable[[str], Project], undisturbed: bytes
 ) -> None:
     project = cluster_project("project")
-    limit = ("--set-resources", "run_series:runtime=1", "--group-components", "series=1")
-    run = Run(lab, project, *limit, sleep_s="1.5")
+    run = Run(lab, project, sleep_s="0.4")  # some 45 s in all: Slurm looks at limits every 30 s
+    job, _ = run.job()
+    lab.expire(job)
     said = run.complete()
     assert "Trying to restart" in said and ended(lab, "TIMEOUT")
     assert (project.results / "table.csv").read_bytes() == undisturbed

@@ -138,14 +138,22 @@ def test_a_transfer_that_is_cut_off_leaves_what_was_there(
 
 def test_what_comes_back_is_whole_or_not_there(lab: SshLab, hosts: tuple[Host, ...], tmp_path: Path) -> None:
     with connect(hosts[0], timing=QUICK) as remote:
-        remote.run(["sh", "-c", "mkdir -p /srv/fivefold/much && head -c 150000000 /dev/zero >/srv/fivefold/much/a"])
+        remote.run(["sh", "-c", "mkdir -p /srv/fivefold/much && truncate -s 3G /srv/fivefold/much/a"])  # takes no memory
         old = make(tmp_path / "old", {"a": b"old"})
-        timer = threading.Timer(0.6, lab.kill_sshd, [0])
-        timer.start()
+        done = threading.Event()
+
+        def kill_when_some_has_come() -> None:
+            while not any(path.is_file() for path in tmp_path.glob(".*/**/a")) and not done.wait(0.01):
+                pass
+            lab.kill_sshd(0)
+
+        killer = threading.Thread(target=kill_when_some_has_come)
+        killer.start()
         try:
             with pytest.raises(RemoteError):
                 remote.get_tree("/srv/fivefold/much", old)
         finally:
-            timer.join()
+            done.set()
+            killer.join()
             lab.start_sshd(0)
     assert content(old) == {"a": b"old"} and not list(tmp_path.glob(".*"))

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from harness.inventory import load_inventory
+from harness.host import Endpoint
+from harness.inventory import Container, Host, Inventory, Venv, load_inventory
 from harness.provision.far import Far
 from harness.remote import RemoteError, connect
 from harness.remote.trees import sent
@@ -19,7 +20,7 @@ from tests.labs.ssh_lab import SshLab
 
 pytest_plugins = ["tests.integration.ssh_hosts"]
 
-#: Every text of a host entry, as the place to write to.
+#: Everything of a host entry that could be given a text, as the place to write to.
 FIELDS = [
     ("name",),
     ("address",),
@@ -34,7 +35,16 @@ FIELDS = [
     ("environment",),
     ("tags", 0),
     ("gpus", 0, "model"),
+    *(("endpoint", name) for name in ("url", "model", "kind", "api_key")),
+    *((name,) for name in ("local", "port", "slots", "placeholder")),
 ]
+
+
+def test_every_text_of_an_entry_is_among_those_that_are_tried() -> None:
+    assert {str(field[0]) for field in FIELDS} == set(Host.model_fields)
+    assert set(Inventory.model_fields) == {"hosts", "include", "groups", "defaults"}
+    assert {field[1] for field in FIELDS if field[0] == "runner"} == {*Container.model_fields, *Venv.model_fields}
+    assert {field[1] for field in FIELDS if field[0] == "endpoint"} == set(Endpoint.model_fields)
 
 
 def with_text(host: dict[str, Any], field: tuple[Any, ...], text: str) -> dict[str, Any]:
@@ -42,6 +52,8 @@ def with_text(host: dict[str, Any], field: tuple[Any, ...], text: str) -> dict[s
         return {**host, "environment": {text: "x"}}
     if field == ("runner", "image"):
         return {**host, "runner": {"kind": "container", "image": text}}
+    if field[0] == "endpoint":
+        return {**host, "endpoint": {"url": "http://127.0.0.1:9/v1", field[1]: text}}
     value: Any = text
     for key in reversed(field[1:]):
         value = [value] if key == 0 else {key: value}

@@ -39,11 +39,13 @@ class Engine:
     folder: Path
     lab_id: str
     private: bool
+    listens: Path | None = None
+    """Where, as the room sees it; else `docker.sock` in `folder`."""
 
     @property
     def socket(self) -> Path:
-        """Where it listens."""
-        return self.folder / "docker.sock"
+        """Where it listens, as this process sees it (while the room lives)."""
+        return self.room.see(self.listens) if self.listens else self.folder / "docker.sock"
 
     def ask(self, path: str, timeout_s: float = 5) -> bytes:
         """The body of its answer to GET `path`. Raises OSError when it is not there."""
@@ -96,7 +98,7 @@ class Engine:
             f"--data-root={self.folder / 'data'}",
             "--exec-root=/run/docker",
             f"--pidfile={_PID_FILE}",
-            f"--host=unix://{self.socket}",
+            f"--host=unix://{self.listens or self.socket}",
             f"--cgroup-parent=/fivefold-{self.lab_id}",
             "--log-level=warn",
         ]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pwd
 import socket
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from tests.labs.lab import Lab
 from tests.labs.machines import CONTROLLER, HEAD, JUMP
 from tests.labs.rooms import OpeningRoom, Room, open_room
 
+_START_FILES = (".bashrc", ".bash_profile", ".bash_login", ".profile", ".zshenv", ".zshrc", ".ssh/rc")
+
 
 class Farm(Lab):
     """Machines without any service; `SshLab` and `SlurmLab` add those.
@@ -30,6 +33,8 @@ class Farm(Lab):
 
     head: ClassVar[bool] = False
     """Whether there is a machine `head` too, for what a cluster has once."""
+    shares_home: ClassVar[bool] = False
+    """Whether root's home folder there is this machine's, as on a cluster; else each machine has an empty one of its own."""
 
     def __init__(
         self,
@@ -38,6 +43,7 @@ class Farm(Lab):
         hosts: int = 4,
         jump: bool = False,
         hide: Sequence[str] = (),
+        keep: Sequence[str] = (),
         disk_mib: int = 4096,
         **settings: Any,
     ) -> None:
@@ -48,6 +54,8 @@ class Farm(Lab):
             hosts: how many machines.
             jump: put them behind a further machine, the only one that the controller reaches.
             hide: folders of this machine that look empty on the machines of the farm (such as the checkout).
+            keep: folders below hidden ones that are there all the same, to be read (such as a virtual environment). The Python
+                that this process' own comes from always is.
             disk_mib: size of each machine's disk, which is in memory and takes only what is written.
             settings: of a kind of lab.
 
@@ -56,9 +64,9 @@ class Farm(Lab):
         """
         if not 1 <= hosts <= 200:
             raise LabError("use 1 to 200 hosts")
-        hide = [str(Path(path).resolve()) for path in hide]
-        super().__init__(folder, hosts=hosts, jump=jump, hide=hide, disk_mib=disk_mib, **settings)
-        self._hide, self._disk_mib, self._jump = hide, disk_mib, jump
+        hide, keep = ([str(Path(path).resolve()) for path in paths] for paths in (hide, keep))
+        super().__init__(folder, hosts=hosts, jump=jump, hide=hide, keep=keep, disk_mib=disk_mib, **settings)
+        self._hide, self._keep, self._disk_mib, self._jump = hide, keep, disk_mib, jump
         self.machines = {machine.name: machine for machine in machines.machines(hosts, jump, self.head)}
 
     @property
@@ -158,8 +166,15 @@ class Farm(Lab):
 
     def _boot(self, names: Sequence[str]) -> None:
         """Start machines side by side and plug them in."""
+        home = str(Path(pwd.getpwuid(0).pw_dir).resolve())
+        hide = self._hide if self.shares_home else [home, *self._hide]
+        keep = [*self._keep, sys.base_prefix]
         opening = [
-            self._open(name, machines.machine_steps(self.folder, name, self._hide, self.binds), within=self.controller)
+            self._open(
+                name,
+                machines.machine_steps(self.folder, name, hide, keep, self._silent(home), self.binds),
+                within=self.controller,
+            )
             for name in names
         ]
         self.rooms.update({name: room.ready() for name, room in zip(names, opening, strict=True)})
@@ -168,6 +183,11 @@ class Farm(Lab):
         for name in names:
             self.rooms[name].run(["ip", "-batch", "-"], stdin=machines.take_addresses(self.machines[name]))
         self._serve(names)
+
+    def _silent(self, home: str) -> list[str]:
+        """What shells would read when they start: this machine's settings are not those of the farm's machines."""
+        files = [f"{home}/{name}" for name in _START_FILES] if self.shares_home else []
+        return [path for path in (*files, "/etc/bash.bashrc", "/etc/ssh/sshrc") if Path(path).is_file()]
 
     def _serve(self, names: Sequence[str]) -> None:
         """Start the services of machines that have just booted, and return when they answer."""

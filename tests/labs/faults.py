@@ -53,17 +53,22 @@ class FaultyFarm(Farm):
 
     def fill_disk(self, host: int | str, free_bytes: int = 0) -> None:
         """Leave `free_bytes` on its disk, in whole pages of 4 KiB (one at least on an empty disk); writers meet ENOSPC."""
-        disk = os.statvfs(self.disk(host))
-        used = (disk.f_blocks - disk.f_bfree) * disk.f_frsize
-        self._resize(host, str(max(used + free_bytes, _PAGE)))
+
+        def filled() -> bool:  # not when the host has meanwhile written more than was used
+            disk = os.statvfs(self.disk(host))
+            used = (disk.f_blocks - disk.f_bfree) * disk.f_frsize
+            return self._resize(host, str(max(used + free_bytes, _PAGE)))
+
+        processes.wait_for(filled, f"full disk of {self.name_of(host)}")
 
     def free_disk(self, host: int | str) -> None:
         """Give it the disk size back that it began with."""
-        self._resize(host, f"{self._disk_mib}m")
+        if not self._resize(host, f"{self._disk_mib}m"):
+            raise LabError(f"{self.name_of(host)}: its disk holds more than {self._disk_mib} MiB")
 
-    def _resize(self, host: int | str, size: str) -> None:
+    def _resize(self, host: int | str, size: str) -> bool:
         target = machines.disk(self.folder, self.name_of(host))
-        self.controller.run(["mount", "-o", f"remount,size={size}", target])
+        return self.controller.run(["mount", "-o", f"remount,size={size}", target], check=False).returncode == 0
 
     def _links(self, host: int | str, state: str) -> None:
         name = self.name_of(host)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 from tests.labs import processes
@@ -22,7 +23,10 @@ def public_key(path: Path) -> str:
 
 
 def sshd_config(folder: Path) -> str:
-    """For an sshd whose host key `key` and `authorized_keys` lie in `folder`; keys only, root may log in."""
+    """For an sshd whose host key `key` and `authorized_keys` lie in `folder`; keys only, root may log in.
+
+    `python3` of its sessions is the Python that this process' own comes from.
+    """
     return f"""\
 Port 22
 HostKey {folder}/key
@@ -35,6 +39,7 @@ PermitRootLogin prohibit-password
 UsePAM no
 UseDNS no
 Subsystem sftp internal-sftp
+SetEnv PATH={sys.base_prefix}/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 MaxStartups 100:30:200
 MaxSessions 100
 """

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shlex
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,22 +97,40 @@ def controller_steps(folder: Path, names: Iterable[str], disk_mib: int, binds: M
     )
 
 
-def machine_steps(folder: Path, name: str, hide: Sequence[str], binds: Mapping[str, Path]) -> list[list[str]]:
-    """Mounts of a machine: own processes, /run and disk, and `binds`; folders in `hide` look empty save for the lab's own."""
-    hidden = [["mount", "-t", "tmpfs", "-o", "mode=1777", "hidden", path] for path in hide]
-    back = [["mkdir", "-p", str(folder)], ["mount", "--rbind", "/run/lab", str(folder)]] if hidden else []
+def machine_steps(
+    folder: Path, name: str, hide: Sequence[str], keep: Sequence[str], silent: Sequence[str], binds: Mapping[str, Path]
+) -> list[list[str]]:
+    """Mounts of a machine: own processes, /run and disk, and `binds`.
+
+    Folders in `hide` look empty, save for the lab's own and for those in `keep`, which cannot be written there; files in
+    `silent` look empty.
+    """
+    hide = [path for path in dict.fromkeys(hide) if not _below(path, set(hide) - {path})]
+    kept = [path for path in map(os.path.realpath, keep) if _below(path, hide)]
+    stowed = {path: f"/run/kept/{number}" for number, path in enumerate(kept)}
     return _script(
         ["mount", "-t", "proc", "proc", "/proc"],
         ["mount", "-t", "tmpfs", "-o", "mode=755", "run", "/run"],
-        ["mkdir", "/run/sshd", "/run/lab"],
+        ["mkdir", "-p", "/run/sshd", "/run/lab", *stowed.values()],
         ["mount", "--rbind", str(folder), "/run/lab"],
-        *hidden,
-        *back,
+        *(["mount", "--bind", path, stow] for path, stow in stowed.items()),
+        *(["mount", "-t", "tmpfs", "-o", "mode=755", "hidden", path] for path in hide),
+        *_back(str(folder), "/run/lab", options=["--rbind"], wanted=bool(hide)),
+        *(step for path, stow in stowed.items() for step in _back(path, stow, options=["--bind", "-o", "ro"])),
+        *(["mount", "--bind", os.devnull, path] for path in silent),
         ["mount", "-t", "tmpfs", "-o", "mode=755", "srv", "/srv"],
         ["mkdir", str(WORK_DIR)],
         ["mount", "--bind", str(disk(folder, name)), str(WORK_DIR)],
         *_bind(binds),
     )
+
+
+def _below(path: str, folders: Collection[str]) -> bool:
+    return any(Path(path).is_relative_to(folder) for folder in folders)
+
+
+def _back(path: str, stow: str, options: Sequence[str], *, wanted: bool = True) -> list[list[str]]:
+    return [["mkdir", "-p", path], ["mount", *options, stow, path]] if wanted else []
 
 
 def _bind(binds: Mapping[str, Path]) -> list[list[str]]:

@@ -40,6 +40,7 @@ class SlurmLab(FaultyFarm):
 
     kind: ClassVar[str] = "slurm"
     head: ClassVar[bool] = True
+    shares_home: ClassVar[bool] = True
     packages: ClassVar[Mapping[str, str]] = {
         "slurmctld": "slurmctld",
         "slurmd": "slurmd",
@@ -100,6 +101,14 @@ class SlurmLab(FaultyFarm):
         """It loses power, and Slurm is told (left to itself it notices half a minute later, see `power_off`)."""
         self.power_off(node)
         self._update(node, "down")
+
+    def expire(self, job: str) -> None:
+        """A running job's time is up now instead of at its limit; Slurm ends it at its next look, within half a minute."""
+        self.run(["scontrol", "update", f"jobid={job}", "EndTime=now+1"])
+
+    def hurry(self, job: str) -> None:
+        """Start a job now that Slurm put back into the queue, which it would let wait for two minutes."""
+        self.run(["scontrol", "update", f"jobid={job}", "StartTime=now"])
 
     def resume(self, node: int | str) -> None:
         """Back to work, whatever was done to it: boots it if it is off; returns when it is idle or has jobs."""

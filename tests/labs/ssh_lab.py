@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from tests.labs import inventory, keys, netns, processes
+from tests.labs import inventory, keys, netns, packages, processes
+from tests.labs.engine import Engine
 from tests.labs.errors import LabError
 from tests.labs.faults import FaultyFarm
 from tests.labs.machines import JUMP, WORK_DIR
@@ -121,6 +122,17 @@ class SshLab(FaultyFarm):
         self.kill_sshd(host)
         self.start_sshd(host, delay_s)
 
+    # -- more on a host than an sshd ----------------------------------------------------------------------------------
+
+    def start_engine(self, host: int | str) -> Engine:
+        """Start a Docker Engine on a host, where its commands look for one; it goes with the host. One in a lab."""
+        packages.ensure({"dockerd": "docker.io"})
+        (self.folder / "data").mkdir()
+        self.keep(self.folder / "data")
+        engine = Engine(self.rooms[self.name_of(host)], self.folder, self.id, private=False, listens=Path("/run/docker.sock"))
+        engine.start()
+        return engine
+
     # -- coming up ---------------------------------------------------------------------------------------------------
 
     def _start(self) -> None:
@@ -190,6 +202,7 @@ def _options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--hosts", type=int, default=4, help="how many (4)")
     parser.add_argument("--jump", action="store_true", help="put them behind a jump host")
     parser.add_argument("--hide", nargs="*", default=[], metavar="FOLDER", help="folders that look empty on the hosts")
+    parser.add_argument("--keep", nargs="*", default=[], metavar="FOLDER", help="folders below those that are there to be read")
     parser.add_argument("--disk-mib", type=int, default=4096, help="size of each host's disk in MiB, in memory (4096)")
 
 

@@ -154,3 +154,14 @@ def test_schemas_are_in_step_with_the_models_and_refuse_unknown_keys(root: Path,
     for found in objects:
         if "properties" in found:
             assert found["additionalProperties"] is False, found.get("title")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("api_key", "hush"), ("results", "hf_" + "aB3" * 8), ("token", "x"), ("dataset_mirror", "https://me:hush@example.org/d")],
+)
+def test_a_secret_is_refused_and_never_shown(tmp_path: Path, key: str, value: str) -> None:
+    in_file = refusal(written(tmp_path, f"{key}: {value}\n"))
+    on_command_line = refusal(written(tmp_path, "seed: 0\n"), {key: value})
+    for line in (in_file, on_command_line):
+        assert key in line and "env:NAME" in line and value not in line

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -130,3 +131,58 @@ def test_a_container_runs_as_the_user_of_its_machine_without_privileges() -> Non
     assert "--cap-drop=ALL" in script and "no-new-privileges" in script and f"--memory={1 << 30}" in script
     assert """source='"$HOME"'/fivefold; touch PWNED,target=/fivefold'""" in script
     assert script.endswith("""'print('"'"'$HOME'"'"')'""")
+
+
+# an engine that has no image until it was pulled, unless `here` is there; what it says an image is, is in `identity`
+ENGINE = """#!/bin/sh
+cd "$(dirname "$0")"
+case "$1" in
+image) [ -e here ] && cat identity;;
+pull) [ -e reachable ] && touch here && echo pulled || { echo "no such image: $3" >&2; exit 1; };;
+run) echo "$FIVEFOLD_IMAGE"; echo "$@";;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("there", "identity", "known_as"),
+    [
+        ("here", "reg.example/a@sha256:1", "reg.example/a@sha256:1"),
+        ("here", "@sha256:2", "a:1@sha256:2"),
+        ("reachable", "@sha256:3", "a:1@sha256:3"),
+    ],
+)
+def test_what_runs_in_a_container_is_told_its_image(tmp_path: Path, there: str, identity: str, known_as: str) -> None:
+    engine = tmp_path / "engine"
+    engine.write_text(ENGINE)
+    engine.chmod(0o755)
+    (tmp_path / "identity").write_text(identity)
+    (tmp_path / there).touch()
+    command = Contained("a:1", Here(), engine=str(engine)).command(["true"])
+    said, words = subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()
+    assert said == known_as and "--env=FIVEFOLD_IMAGE" in words.split()
+
+
+def test_an_image_that_cannot_be_had_is_the_engines_last_word(tmp_path: Path) -> None:
+    engine = tmp_path / "engine"
+    engine.write_text(ENGINE)
+    engine.chmod(0o755)
+    command = Contained("a:1", Here(), engine=str(engine)).command(["true"])
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (125, "", "no such image: a:1\n")
+
+
+def test_no_text_of_a_containers_place_is_ever_run(tmp_path: Path) -> None:
+    engine = tmp_path / "an engine"
+    engine.write_text('#!/bin/sh\n[ "$1" != run ] || printf \'%s\\0\' "$@"\n')
+    engine.chmod(0o755)
+    for number, text in enumerate(
+        ["'; touch PWNED #", "$(touch PWNED)", "a\ntouch PWNED\n", "`touch PWNED`é漢", '"; touch PWNED #']
+    ):
+        source = tmp_path / str(number) / text
+        place = Contained(text, Here(), engine=str(engine), mounts={str(source): "/fivefold"})
+        command = place.command([text, f"--source=~/{text}"])
+        words = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout.split("\0")
+        assert words[-4:] == [text, text, f"--source=~/{text}", ""]
+        assert f"--mount=type=bind,source={source},target=/fivefold" in words and source.is_dir()
+        assert not list(tmp_path.rglob("PWNED"))

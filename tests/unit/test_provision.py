@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from harness.inventory import Gpu, Host
+from harness.inventory import Gpu, Host, load_inventory
 from harness.provision import code, facts, image, smoke, status
 from harness.provision.facts import Python
 from harness.provision.far import State
@@ -228,14 +228,33 @@ def test_an_image_that_cannot_be_had_is_said(answers: bool, said: str) -> None:
 
 
 def test_placeholders_are_explained_and_not_called(root: Path) -> None:
-    from harness.inventory import load_inventory
-
     figures = status.wanted({"spotserve_table1": "t4x16", "llmstation_fig8a": "rtx3090x2"})
     inventory = load_inventory(root / "hosts" / "examples" / "spotserve-t4x48.yaml")
     gate, nodes, testbed = status.findings(inventory, figures)
     assert gate.what == "host gate" and "jump host" in gate.found and "placeholder" in gate.found
     assert nodes.what == "host node01 ... node12 (12)" and "4 x t4 (16 GiB)" in nodes.found and "copy the file" in nodes.mend
     assert testbed.found == "48 x t4: the testbed of spotserve_table1"
+
+
+@pytest.mark.parametrize(
+    ("name", "gpus", "testbed", "figure"),
+    [
+        ("sirius-v100x4", "4 x v100-16", "v100-16x4", "sirius_fig"),
+        ("llmstation-rtx3090x2", "2 x rtx3090", "rtx3090x2", "llmstation_fig8a"),
+        ("spotserve-t4x48", "48 x t4", "t4x48", "spotserve_fig"),
+        ("maveriq-a6000x8", "8 x a6000", "a6000x8", "maveriq_fig"),
+        ("dlora-a100x32", "32 x a100-80", "a100-80x32", "dlora_fig"),
+    ],
+)
+def test_doctor_explains_the_testbed_of_every_paper(root: Path, name: str, gpus: str, testbed: str, figure: str) -> None:
+    from harness import checks
+
+    place = Path("hosts", "examples", f"{name}.yaml")
+    *hosts, whole = status.findings(load_inventory(root / place), status.wanted({figure: testbed, "other_fig": "h200x1"}))
+    assert all(found.mend and "placeholder" in found.found for found in hosts)
+    assert whole.found.startswith(gpus) and whole.found.endswith(f": the testbed of {figure}")
+    told = list(checks.check_inventory(root / place, root))
+    assert not [found for found in told if found.level is checks.Level.MISSING], told
 
 
 def test_gpus_in_words() -> None:

@@ -196,11 +196,15 @@ class Leash:
         while not self._pass_on():  # its last words
             pass
         collector.send_new(self._write)
-        self._send("exit", code=self._child.returncode)
+        self._send("exit", code=self._child.returncode, free=self._free_bytes())
         while (frame := self._said.get()) is not None:  # until the controller hangs up
             if frame["k"] == "clean":
                 self._clean()
                 self._send("cleaned")
+
+    def _free_bytes(self) -> int:
+        disk = os.statvfs(self._folder)
+        return disk.f_bavail * disk.f_frsize
 
     def _listen(self) -> None:
         """What the controller says while the command runs; None when it is gone."""
