@@ -65,7 +65,7 @@ format: test-environment ## mends style where a program can
 
 torch: environment ## PyTorch, for the measured backend (TORCH_ARGS="--index-url ..." for another build)
 	@$(IN) exec python -m pip install --disable-pip-version-check $(TORCH_ARGS) torch==2.13.0 \
-		transformers==5.23.0 peft==0.21.2 accelerate==1.15.0 safetensors==0.8.0
+		transformers==5.23.0 peft==0.21.2 accelerate==1.15.0 safetensors==0.8.0 uvicorn==0.54.0
 
 LOCK = uv pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-annotate \
 	--custom-compile-command "make lock" pyproject.toml

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import subprocess
 import sys
@@ -24,7 +25,7 @@ if not CUDA and os.environ.get("TRITON_INTERPRET") != "1":
 else:
     from systems.common.torch_engine.kernels.add_norm import add_norm
     from systems.common.torch_engine.kernels.grouped_lora import grouped_lora
-    from systems.common.torch_engine.kernels.paged_decode import paged_decode
+    from systems.common.torch_engine.kernels.paged_decode import paged_decode, plan
     from systems.common.torch_engine.kernels.paged_prefill import TILE_Q, paged_prefill
     from systems.common.torch_engine.kernels.rope_write import rope_write
     from systems.common.torch_engine.kernels.skinny_linear import Tiling, skinny_linear
@@ -92,17 +93,20 @@ else:
         gated = torch.nn.functional.silu(both[:, :24]) * both[:, 24:]
         assert off(skinny_linear(x, weight, tiling, norm=gain, gated=True), gated) < 1e-5
 
-    @pytest.mark.parametrize("splits", [1, 4])
+    @pytest.mark.parametrize("programs", [2, 12, 40])
     @pytest.mark.parametrize("roped", [True, False])
-    def test_paged_decode(splits: int, roped: bool) -> None:
-        lengths = [0, 1, 15, 16, 40, 70]
+    def test_paged_decode(programs: int, roped: bool) -> None:
+        lengths = [0, 1, 15, 16, 40, 170]
         k, v, tables = cache(lengths)
-        rope = rand(80, D) if roped else None
+        rope = rand(180, D) if roped else None
         slots = torch.tensor([4, 0, 3, 5, 1, 2], device=DEVICE)
         device_lengths = torch.tensor([*lengths, 0], dtype=torch.int32, device=DEVICE)
         qkv = rand(6, (HEADS + 2 * KV) * D)
         k_before, v_before = k.clone(), v.clone()
-        out = paged_decode(qkv, k, v, tables, device_lengths, slots, rope, HEADS, D**-0.5, splits, tile=16)
+        arrived = torch.zeros(7, KV, dtype=torch.int32, device=DEVICE)
+        made = plan(device_lengths, slots, KV, arrived, programs, compiled=(16, 4, 2))
+        out = paged_decode(qkv, k, v, tables, device_lengths, slots, rope, HEADS, D**-0.5, made)
+        assert not arrived.any()
         for row, slot in enumerate(slots.tolist()):
             n = lengths[slot]
             heads = qkv[row].view(-1, D)[None]
@@ -114,6 +118,22 @@ else:
             assert off(out[row].view(HEADS, D), attend(qk[:HEADS], keys, values)) < 1e-5
             assert off(gather(k, tables, slot, n + 1), keys) < 1e-5
             assert off(gather(v, tables, slot, n + 1), values) < 1e-5
+
+    @pytest.mark.parametrize("lengths", [[0], [5], [64] * 9, [1000, 3, 3, 3], [17, 300, 0, 90, 700], list(range(0, 600, 7))])
+    @pytest.mark.parametrize("programs", [2, 64, 528])
+    def test_the_shares_of_a_plan_cover_every_context_evenly(lengths: list[int], programs: int) -> None:
+        rows, tile = len(lengths), 16
+        slots = torch.arange(rows, device=DEVICE).flip(0)
+        device_lengths = torch.tensor([*lengths, 0], dtype=torch.int32, device=DEVICE)
+        made = plan(device_lengths, slots, KV, torch.zeros(rows, KV, dtype=torch.int32, device=DEVICE), programs, (tile, 4, 2))
+        starts = made.starts.tolist()
+        assert starts[0] == 0 and starts[-1] <= len(made.owner)
+        even = max(1, -(-sum(lengths) * KV // programs // tile)) * tile + tile
+        for row, past in enumerate(lengths[::-1]):
+            count = starts[row + 1] - starts[row]
+            assert made.owner[starts[row] : starts[row + 1]].tolist() == [row] * count
+            share = math.ceil(math.ceil(past / count) / tile) * tile
+            assert count >= 1 and share * count >= past and share <= even
 
     def test_rope_write_and_paged_prefill() -> None:
         past, new = [0, 20, 7], [5, 30, TILE_Q + 9]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -58,6 +59,19 @@ class Engine:
         sequence = Sequence(request)
         self.state.waiting.append(sequence)
         return sequence
+
+    def abort(self, sequence: Sequence, reason: str = "abort") -> None:
+        """End an unfinished sequence before the next step, wherever it is; its blocks are free at once.
+
+        Its `finish_s` stays NaN (a record says `CUT`). The engine is always between steps when this can be called; work that
+        an executor has under way on a device may still write the old blocks, and comes before whatever is launched next.
+
+        Raises:
+            ValueError: the sequence has ended already, or is not of this engine.
+        """
+        self.state.remove(sequence)
+        sequence.end_reason = reason
+        self.finished.append(sequence)
 
     def step(self, now_s: float, horizon_s: float = math.inf) -> float:
         """Run one batch, or as many equal decode steps as fit before anything can change; when the last one ended.
@@ -123,24 +137,44 @@ class Engine:
         ]
 
 
-def serve(engine: Engine, requests: Iterable[Request], until_s: float = math.inf) -> list[Sequence]:
+class LaunchAhead(Protocol):
+    """How early an engine forms its batches.
+
+    Attributes:
+        decode_lead_s: how long before the end of a decode step the next batch is formed.
+    """
+
+    decode_lead_s: float
+
+    def lead_s(self) -> float:
+        """The same for the step that was taken last, whatever it was."""
+        ...
+
+
+def serve(
+    engine: Engine, requests: Iterable[Request], until_s: float = math.inf, ahead: LaunchAhead | None = None
+) -> list[Sequence]:
     """Serve `requests` (sorted by arrival) on a virtual clock from 0; every sequence, in order of arrival.
 
     Stops when all have finished, or once the clock passes `until_s`: the rest stay unfinished (their records say `CUT`).
+    `ahead`: of an engine that forms batches before the step before them has ended.
     """
     sequences: list[Sequence] = []
     pending = iter(requests)
     coming = next(pending, None)
-    now_s = 0.0
+    now_s = lead = 0.0
     while now_s <= until_s:
-        while coming is not None and coming.arrival_s <= now_s:
+        while coming is not None and coming.arrival_s <= now_s - lead:
             sequences.append(engine.submit(coming))
             coming = next(pending, None)
         next_arrival_s = coming.arrival_s if coming is not None else math.inf
         if engine.has_work:
-            now_s = engine.step(now_s, min(next_arrival_s, until_s))
+            now_s = engine.step(now_s, min(next_arrival_s + (ahead.decode_lead_s if ahead else 0.0), until_s))
+            lead = ahead.lead_s() if ahead else 0.0
         elif coming is not None:
-            now_s = engine.executor.idle(now_s, next_arrival_s)
+            lead = 0.0  # nothing is on its way
+            if next_arrival_s > now_s:
+                now_s = engine.executor.idle(now_s, next_arrival_s)
         else:
             break
     return sequences

@@ -16,6 +16,7 @@ class Sequence:
 
     __slots__ = (
         "arrival_s",
+        "end_reason",
         "finish_clock",
         "finish_s",
         "first_token_s",
@@ -46,6 +47,8 @@ class Sequence:
         self.first_token_s = math.nan
         self.finish_s = math.nan
         self.preemptions = 0
+        self.end_reason = "length"
+        """Why it ended, once it has: `length`; `stop` (token or string); `abort`."""
         self.spans: list[tuple[float, int, int]] = []
         """Per stay among the decoding: time of the token that prefill gave, clock at entry, clock at leaving."""
 

@@ -72,6 +72,19 @@ class SchedulingState:
         self.waiting.appendleft(sequence)
         return sequence
 
+    def remove(self, sequence: Sequence) -> None:
+        """Take out a sequence, waiting or running, and free its blocks. Raises ValueError when it is neither."""
+        if self.running.get(sequence.index) is not sequence:
+            self.waiting.remove(sequence)
+            return
+        self.free_blocks += self.held_blocks(sequence)
+        if sequence is self.partial:
+            self.partial = None
+        else:
+            self.decoding.leave(sequence)
+            sequence.spans[-1] = (*sequence.spans[-1][:2], self.decoding.clock)
+        del self.running[sequence.index]
+
     def make_room_for_decodes(self) -> bool:
         """Preempt from the back until one decode step of the rest fits; whether anyone was preempted."""
         if self.decoding.blocks_for_next_step() <= self.free_blocks:

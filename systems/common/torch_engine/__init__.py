@@ -2,11 +2,13 @@
 
 Rooms, in reading order:
 
-* `numerics`, `weights`: what a shape table leaves out; random weights or safetensors.
-* `cache`: KV blocks on the device and who holds them.
+* `numerics`, `weights`: what a shape table leaves out; random weights or safetensors. `linear`, `quantised`: dense, int8, int4.
+* `placement`: which part of a model a rank holds. `comm`: what ranks say to each other on the device.
+* `cache`: KV blocks on the device and who holds them. `memory`: what to lower when it runs out.
 * `attention`: one interface, two backends (plain PyTorch, our Triton kernels); `kernels` holds the kernels.
 * `model`: the transformer. `sampling`: the next token, on the device.
 * `lora`: low-rank adapters, a different one per sequence.
 * `mixed`, `graphs`: batches as arrays; steps as CUDA graphs.
-* `flights`: steps on their way. `executor`: runs the engine's batches. `drivers`: offline and real-time loops.
+* `flights`: steps on their way. `executor`: runs the engine's batches, deciding on the host; `device`: its device half.
+* `drivers`: offline and real-time loops. `parallel`: the same on several ranks.
 """

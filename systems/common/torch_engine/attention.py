@@ -21,7 +21,7 @@ from systems.common.errors import InputError
 from systems.common.models import ModelShape
 from systems.common.torch_engine.cache import KVCache
 from systems.common.torch_engine.kernels import triton_guard
-from systems.common.torch_engine.kernels.paged_decode import FEW_PROGRAMS, MANY_PROGRAMS, paged_decode, splits_for
+from systems.common.torch_engine.kernels.paged_decode import Plan, paged_decode, plan
 from systems.common.torch_engine.kernels.paged_prefill import TILE_Q, paged_prefill
 from systems.common.torch_engine.kernels.rope_write import rope_write
 
@@ -147,12 +147,15 @@ class TritonAttention:
         self.shape, self.cache, self.rope = shape, cache, rope
         self.scale = shape.head_dim**-0.5
         self.flash = flash and shape.dtype != "fp32"
+        self._arrived = torch.zeros(len(cache.lengths), shape.kv_heads, dtype=torch.int32, device=cache.k.device)
+        self._plan: Plan | None = None
 
     def decode(self, qkv: Tensor, layer: int, slots: Tensor) -> Tensor:
         """See `Attention`."""
         shape, cache = self.shape, self.cache
-        splits = splits_for(len(slots), shape.kv_heads)
-        tiling = FEW_PROGRAMS if len(slots) * shape.kv_heads <= 256 else MANY_PROGRAMS
+        if layer == 0:  # the layers of one step have the same contexts
+            self._plan = plan(cache.lengths, slots, shape.kv_heads, self._arrived)
+        assert self._plan is not None, "layers are run in order"
         return paged_decode(
             qkv,
             cache.k[layer],
@@ -163,8 +166,7 @@ class TritonAttention:
             self.rope,
             shape.heads,
             self.scale,
-            splits,
-            *tiling,
+            self._plan,
         )
 
     def prefill(self, qkv: Tensor, layer: int, chunks: Chunks) -> Tensor:
@@ -219,11 +221,11 @@ def choose(name: str, shape: ModelShape, cache: KVCache, rope: Tensor | None) ->
 
     Raises InputError for a name that there is none of, or that cannot run here.
     """
-    usable = triton_guard.AVAILABLE and cache.k.device.type == "cuda" and shape.kv_heads & (shape.kv_heads - 1) == 0
+    usable = triton_guard.AVAILABLE and cache.k.device.type == "cuda" and shape.head_dim & (shape.head_dim - 1) == 0
     if name == "auto":
         name = "triton" if usable else "reference"
     if name not in BACKENDS:
         raise InputError("engine", "attention", name, f"use auto or one of {', '.join(BACKENDS)}")
     if name == "triton" and not usable:
-        raise InputError("engine", "attention", name, "needs Triton, a GPU and a power of two of kv heads: use reference")
+        raise InputError("engine", "attention", name, "needs Triton, a GPU and heads of a power of two: use reference")
     return BACKENDS[name](shape, cache, rope)

@@ -91,19 +91,16 @@ class Live:
 def end_early(engine: Engine, sequence: Sequence, tokens: int) -> None:
     """Finish `sequence` after `tokens` output tokens, though more were forced; its blocks are free at once."""
     state = engine.state
-    start_s, joined, left = sequence.spans[-1]
-    if sequence.index in state.running:
-        state.free_blocks += state.held_blocks(sequence)
+    surplus = 0
+    if sequence.index in state.running:  # else preempted in the very step that told of the stop token
         surplus = sequence.generated + state.decoding.clock - sequence.join_clock - tokens
-        state.decoding.leave(sequence)
-        left = state.decoding.clock - surplus
-        del state.running[sequence.index]
-    else:  # preempted in the very step that told of the stop token
-        state.waiting.remove(sequence)
+    engine.abort(sequence, "stop")
+    start_s, joined, left = sequence.spans[-1]
+    left -= surplus
     sequence.spans[-1] = (start_s, joined, left)
     sequence.output_tokens = tokens
-    sequence.finish_s = sum(engine.steps_log[left - 1][2:4]) if left > joined else start_s
-    engine.finished.append(sequence)
+    # one entry of the log is one step here; a server drops the oldest ones
+    sequence.finish_s = sum(engine.steps_log[left - 1 - engine.steps_log[0][0]][2:4]) if left > joined else start_s
 
 
 def retime(engine: Engine, sequences: list[Sequence], booked: list[float], ended: list[float]) -> None:

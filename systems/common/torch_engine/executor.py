@@ -5,18 +5,21 @@ It reads the engine's state (who runs, who decodes) and gives each running seque
 step ahead of the GPU: `run` and `decode_run` put step n + 1 on the stream, then wait for step n, so the host's work hides
 behind the GPU's. Output lengths are forced, so no decision waits for a token's value; stop tokens are seen one step late and
 what came after them is dropped.
+
+This is the host half. What the device holds and does is `device`; what goes there is numbers and int64 arrays, so that other
+ranks can be told the same (`parallel`).
 """
 
 from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from systems.common.core import Request
 from systems.common.engine.config import EngineConfig
@@ -25,15 +28,16 @@ from systems.common.engine.executor import Batch, DecodeRun
 from systems.common.engine.sequence import Sequence
 from systems.common.errors import InputError
 from systems.common.models import ModelShape
-from systems.common.torch_engine import attention
-from systems.common.torch_engine.cache import BlockTables, KVCache
+from systems.common.torch_engine.cache import BlockTables
+from systems.common.torch_engine.comm import Links
+from systems.common.torch_engine.device import GREEDY, NONE, Device, DeviceHalf, packed_wants
 from systems.common.torch_engine.flights import Flights
-from systems.common.torch_engine.graphs import Steps
-from systems.common.torch_engine.lora import AdapterBank
-from systems.common.torch_engine.mixed import Inputs, mixed_step, pack
-from systems.common.torch_engine.model import Transformer
-from systems.common.torch_engine.numerics import Numerics, numerics, rope_table
-from systems.common.torch_engine.sampling import Sampling, sample, uniform
+from systems.common.torch_engine.lora import Adapter
+from systems.common.torch_engine.memory import gib
+from systems.common.torch_engine.mixed import pack
+from systems.common.torch_engine.numerics import Numerics
+from systems.common.torch_engine.placement import Place
+from systems.common.torch_engine.sampling import Sampling
 from systems.common.torch_engine.weights import Weights
 
 Tokens = NDArray[np.int64]
@@ -48,10 +52,28 @@ def random_prompts(vocab: int, seed: int = 0) -> Callable[[Request], Tokens]:
     return prompt
 
 
+class Bank(Protocol):
+    """What an executor and a server ask of the adapters' bank: `lora.AdapterBank`, or all ranks' together."""
+
+    @property
+    def index(self) -> Mapping[str, int]:
+        """Where each adapter is."""
+        ...
+
+    def load(self, name: str, adapter: Adapter) -> None:
+        """Copy `adapter` in under `name`."""
+        ...
+
+    def unload(self, name: str) -> None:
+        """Free the place of an adapter that no sequence uses."""
+        ...
+
+
 class TorchExecutor:
     """See the module.
 
     Attributes:
+        half: the device half; `device`, `cache`, `model` and `steps` are its parts.
         adapters: the adapters' bank, or None; built where `adapters` (capacity, highest rank, sites) is given.
         outputs: tokens generated so far by request index, those of steps still in flight left out.
         flights: steps on their way, and when those before them ended.
@@ -74,22 +96,21 @@ class TorchExecutor:
         adapters: tuple[int, int, tuple[str, ...]] | None = None,
         lora: str = "auto",
         clock: Callable[[], float] = time.perf_counter,
+        place: Place | None = None,
+        links: Links | None = None,
     ) -> None:
         self.shape, self.config, self.clock = shape, config, clock
-        self.device = weights.embedding.device
         self.overlap = overlap
         width = config.blocks(max_tokens)
         self.max_tokens = width * config.block_tokens
-        given = given or numerics(shape)
-        self.cache = _kv_cache(shape, config, width, self.device)
         self.tables = BlockTables(config.max_num_seqs, config.num_gpu_blocks, width, config.block_tokens)
-        rope = None if shape.positions else rope_table(shape.head_dim, self.max_tokens, given, self.device)
-        self.adapters = None
-        if adapters is not None:
-            capacity, rank, sites = adapters
-            self.adapters = AdapterBank(shape, capacity, rank, config.max_num_seqs, sites, self.device, lora)
-        self.model = Transformer(shape, weights, attention.choose(backend, shape, self.cache, rope), given, self.adapters)
-        self.steps = Steps(self.model, self.cache, config.max_num_seqs, graphs and self.device.type == "cuda")
+        mine = Device(
+            shape, weights, config, max_tokens=max_tokens, backend=backend, graphs=graphs, given=given, adapters=adapters,
+            lora=lora, place=place, links=links,
+        )  # fmt: skip
+        self.half: DeviceHalf = mine
+        self.device, self.cache, self.model, self.steps = mine.device, mine.cache, mine.model, mine.steps
+        self.adapters: Bank | None = mine.adapters
         self.prompt = prompt or random_prompts(shape.vocab)
         self.sampling = sampling or (lambda _: GREEDY)
         self.outputs: dict[int, list[int]] = {}
@@ -117,7 +138,6 @@ class TorchExecutor:
         if batch.decodes and self._stale:
             self._gather_rows()
         decoding = self._decoding if batch.decodes else []
-        self.model.adapted = self._any_adapter([*decoding, *(sequence for sequence, _, _ in batch.chunks)])
         self._launch_mixed(decoding, batch)
         self._stale = True
         self._settle(1 if self.overlap else 0)
@@ -132,12 +152,7 @@ class TorchExecutor:
             self._gather_rows()
             self._upload_rows()
         self._grow_tables()
-        greedy, self.model.adapted = self._greedy, self._adapted
-        step = self.steps.decode(len(self._rows), greedy)
-        tokens = step.tokens
-        if not greedy:
-            tokens = self._sample(step.logits, step.slots)
-            self.steps.commit(step.slots, tokens)
+        tokens = self.half.decode(len(self._rows), self._greedy, self._adapted)
         self.flights.launch(self._decoding, tokens[: len(self._rows)], rows=len(self._rows))
         self.tables.lengths[self._rows] += 1
         self._settle(1 if self.overlap else 0)
@@ -167,11 +182,32 @@ class TorchExecutor:
         stopped, self._stopped = self._stopped, []
         return stopped
 
+    def drop(self, sequence: Sequence) -> None:
+        """Throw away the tokens of an aborted `sequence` that are still in flight."""
+        self._over.add(sequence.index)
+
+    def forget(self, sequences: list[Sequence]) -> None:
+        """Let go of everything about ended `sequences`, none of which has a step in flight any more (for long-lived loops)."""
+        self._reconcile()
+        for sequence in sequences:
+            for kept in (self.outputs, self._samplings, self._prompts):
+                kept.pop(sequence.index, None)
+            self._over.discard(sequence.index)
+
+    def trim(self, keep: int = 1000) -> None:
+        """Let go of the oldest entries of the logs: the engine's steps and ended sequences, and when steps ended."""
+        assert self._engine is not None
+        self._reconcile()
+        self._engine.finished.clear()
+        self._finished = 0
+        flights = self.flights
+        for log in (self._engine.steps_log, flights.ended_s, flights.waited_s, flights.decode_rows):
+            del log[: max(0, len(log) - keep)]
+
     @torch.inference_mode()
     def warm(self) -> None:
         """Capture the CUDA graphs and plan what else must be planned, so that serving never waits for it."""
-        self.steps.warm()
-        self.model.attention.warm(self.config.max_num_batched_tokens)
+        self.half.warm()
         gc.collect()
         gc.freeze()  # what start-up made is never garbage: later collections need not walk it (a pause of tens of ms)
 
@@ -218,14 +254,11 @@ class TorchExecutor:
     def _upload_rows(self) -> None:
         padded = np.full(len(self.steps.slots), self.cache.pad_slot, np.int64)
         padded[: len(self._rows)] = self._rows
-        self.steps.slots.copy_(self._to_device(padded))
         self._adapted = self._any_adapter(self._decoding)
         wants = [self._samplings[s.index] for s in self._decoding]
-        self._greedy = all(want.temperature == 0 for want in wants)
-        if not self._greedy:
-            size = len(padded)
-            wants += [GREEDY] * (size - len(wants))
-            self._want = self._wanted(wants)
+        packed = packed_wants(wants + [GREEDY] * (len(padded) - len(wants)))
+        self._greedy = not len(packed)
+        self.half.rows(padded, packed)
 
     def _any_adapter(self, sequences: list[Sequence]) -> bool:
         return self.adapters is not None and any(s.request.adapter is not None for s in sequences)
@@ -234,12 +267,7 @@ class TorchExecutor:
         """A new block for every decoding sequence whose last one is full."""
         places, blocks = self.tables.grow_one(self._rows)
         if len(places):
-            both = self._to_device(np.concatenate([places, blocks.astype(np.int64)]))
-            self.cache.tables.view(-1).index_copy_(0, both[: len(places)], both[len(places) :].to(torch.int32))
-
-    def _to_device(self, values: NDArray[np.int64]) -> Tensor:
-        tensor = torch.from_numpy(values)
-        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
+            self.half.grow(places, blocks.astype(np.int64))
 
     # ---- batches with prompts
 
@@ -269,19 +297,10 @@ class TorchExecutor:
         wants = [
             GREEDY if s is None else self._samplings[s.index] for s in [*answers[: len(rows)], *padding, *answers[len(rows) :]]
         ]
-        greedy = all(want.temperature == 0 for want in wants)
-        device = self._to_device(packed)
-        if graphed:
-            step = self.steps.mixed(device, bucket, greedy)
-        else:
-            host = np.stack([np.cumsum(new) - new, past, new, slots], 1).astype(np.int32)
-            step = mixed_step(self.model, self.cache, Inputs.of(device, bucket, host), greedy)
-        answer = step.tokens
-        if not greedy:
-            wants += [GREEDY] * (len(answer) - len(wants))
-            temperature, top_p, seeds = self._wanted(wants)
-            answer = sample(step.logits, temperature, top_p, uniform(seeds, self.cache.lengths[step.answered].long()))
-            self.cache.last_token.index_copy_(0, step.answered, answer)
+        want = packed_wants(wants + [GREEDY] * (bucket.rows + bucket.chunks - len(wants)))
+        table = NONE if graphed else np.stack([np.cumsum(new) - new, past, new, slots], 1).astype(np.int64).ravel()
+        adapted = self._any_adapter([*decoding, *(sequence for sequence, _, _ in batch.chunks)])
+        answer = self.half.mixed(packed, bucket, table, not len(want), adapted, want)
         places = [i if i < len(rows) else i + len(padding) for i, s in enumerate(answers) if s is not None]
         self.flights.launch([s for s in answers if s is not None], answer, places)
 
@@ -303,28 +322,14 @@ class TorchExecutor:
 
     def _upload_tables(self, slots: list[int], sequences: list[Sequence]) -> None:
         used = int(self.tables.held[slots].max())
-        rows = torch.from_numpy(self.tables.tables[slots, :used])
-        where = torch.tensor(slots)
-        if self.device.type == "cuda":
-            rows, where = (x.pin_memory().to(self.device, non_blocking=True) for x in (rows, where))
-        self.cache.tables[:, :used].index_copy_(0, where, rows)
+        mine = NONE
         if (bank := self.adapters) is not None:
-            mine = [bank.index[s.request.adapter] if s.request.adapter is not None else 0 for s in sequences]
-            bank.of_slot.index_copy_(0, where, self._to_device(np.array(mine, np.int64)))
+            mine = np.array(
+                [bank.index[s.request.adapter] if s.request.adapter is not None else 0 for s in sequences], np.int64
+            )
+        self.half.tables(np.array(slots, np.int64), self.tables.tables[slots, :used].astype(np.int64).ravel(), mine)
 
     # ---- tokens
-
-    def _wanted(self, wants: list[Sampling]) -> tuple[Tensor, Tensor | None, Tensor]:
-        temperature = torch.tensor([want.temperature for want in wants], device=self.device)
-        top_p = torch.tensor([want.top_p for want in wants], device=self.device)
-        seeds = torch.tensor([want.seed for want in wants], device=self.device)
-        return temperature, top_p if any(want.top_p < 1 for want in wants) else None, seeds
-
-    def _sample(self, logits: Tensor, slots: Tensor) -> Tensor:
-        rows = len(logits)
-        temperature, top_p, seeds = self._want
-        temperature, seeds, top_p = temperature[:rows], seeds[:rows], None if top_p is None else top_p[:rows]
-        return sample(logits, temperature, top_p, uniform(seeds, self.cache.lengths[slots].long() + 1))
 
     def _settle(self, keep: int) -> None:
         """Wait until at most `keep` steps are in flight; hand out the tokens of the others."""
@@ -332,37 +337,36 @@ class TorchExecutor:
             for sequence, token in zip(sequences, tokens, strict=True):
                 if sequence.index not in self._over:
                     self.outputs[sequence.index].append(token)
-                    if token in self._samplings[sequence.index].stop_tokens:
+                    want = self._samplings[sequence.index]
+                    if token in want.stop_tokens and len(self.outputs[sequence.index]) > want.min_tokens:
                         self._over.add(sequence.index)
                         self._stopped.append(sequence)
             if self.on_tokens is not None:
                 self.on_tokens(sequences, tokens)
 
 
-GREEDY = Sampling()
-
-
-def _kv_cache(shape: ModelShape, config: EngineConfig, width: int, device: torch.device) -> KVCache:
-    try:
-        return KVCache(shape, config.max_num_seqs, config.num_gpu_blocks, width, config.block_tokens, device)
-    except torch.OutOfMemoryError as error:
-        need = config.num_gpu_blocks * config.block_tokens * shape.kv_bytes_per_token / 2**30
-        mend = f"the KV cache needs {need:.1f} GiB, more than the GPU has left beside the weights: lower it"
-        raise InputError("engine", "num_gpu_blocks", config.num_gpu_blocks, mend) from error
-
-
-def fitting_blocks(shape: ModelShape, utilisation: float = 0.9, batched_tokens: int = 8192, block_tokens: int = 16) -> int:
+def fitting_blocks(
+    shape: ModelShape,
+    utilisation: float = 0.9,
+    batched_tokens: int = 8192,
+    block_tokens: int = 16,
+    memory: tuple[int, int] | None = None,
+) -> int:
     """KV blocks that fit beside what the GPU holds already (the weights), using the share `utilisation` of its memory.
 
+    `memory` is (free, total) bytes of the GPU in question, else the current one's; `shape` is what that GPU holds.
     Left out of the pool: activations of `batched_tokens` tokens (the widest product and its neighbours), graphs' workspaces.
 
     Raises:
         InputError: none fits.
     """
-    free, total = torch.cuda.mem_get_info()
+    free, total = memory or torch.cuda.mem_get_info()
     activations = int(batched_tokens * (shape.up_width + 2 * shape.mlp + 6 * shape.hidden) * shape.dtype_bytes) + 2**31
     blocks = int((free - total * (1 - utilisation) - activations) // (shape.kv_bytes_per_token * block_tokens))
     if blocks < 1:
-        mend = f"{shape.name} and its activations leave no memory for a KV cache: raise it, or use a larger GPU"
+        mend = (
+            f"no room for a KV cache: {gib(total - free)} of {gib(total)} hold {shape.name}'s weights, its activations need "
+            f"{gib(activations)}: raise it, lower max_num_batched_tokens, use int8 or int4 weights, more ranks or a larger GPU"
+        )
         raise InputError("engine", "gpu_memory_utilisation", utilisation, mend)
     return blocks

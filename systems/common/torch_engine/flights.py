@@ -18,6 +18,8 @@ from systems.common.engine.sequence import Sequence
 
 LAUNCH_AHEAD_S = 0.002
 """How long before a step ends the next one is launched, when launches are put off."""
+ON_TIME_S = 5e-5
+"""A step that the host has waited for at least so long was bound by the GPU."""
 
 
 @dataclass(slots=True)
@@ -77,7 +79,10 @@ class Flights:
         self.ended_s.append(self.clock())
         self.waited_s.append(self.ended_s[-1] - began)
         self.decode_rows.append(flight.rows)
-        if flight.rows and len(self.ended_s) > 1:
+        # a step that had ended before the host came for it was launched late: its period is the host's, and putting the next
+        # launch off by that would make it later still, without end
+        on_time = flight.event is not None and self.waited_s[-1] > ON_TIME_S
+        if flight.rows and len(self.ended_s) > 1 and on_time:
             recent = self._periods.setdefault(_alike(flight.rows), deque(maxlen=8))
             recent.append(self.ended_s[-1] - self.ended_s[-2])
 

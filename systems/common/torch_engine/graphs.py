@@ -51,6 +51,10 @@ class Graphs(Generic[Result]):
         graph.replay()
         return result
 
+    def drop(self) -> None:
+        """Let go of all: NCCL's communicators do not end while a graph that uses them lives."""
+        self._captured.clear()
+
     def capture(self, key: object, work: Callable[[], Result]) -> None:
         """Capture `work` under `key`, after one run of it on a side stream (compiles kernels, creates handles)."""
         stream = torch.cuda.Stream()
@@ -59,14 +63,15 @@ class Graphs(Generic[Result]):
             work()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
+        # NCCL's watchdog may touch events meanwhile: only this thread is held to what a capture allows
+        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
             result = work()
         self._captured[key] = graph, result
 
 
 @dataclass(slots=True)
 class DecodeStep:
-    """Tensors of one decode step: `slots` in, `logits` and the likeliest `tokens` out."""
+    """Tensors of one decode step: `slots` in, `logits` and likeliest `tokens` out (before the last stage as in `MixedStep`)."""
 
     slots: Tensor
     logits: Tensor
@@ -78,11 +83,16 @@ class Steps:
 
     Attributes:
         slots: slots of the decoding rows, uploaded by the caller when the batch changes; unused rows hold the padding slot.
+        hidden: on a later pipeline stage the residual stream of a step's tokens, filled by the caller; [most tokens, hidden].
     """
 
-    def __init__(self, model: Transformer, cache: KVCache, most: int, graphs: bool) -> None:
+    def __init__(self, model: Transformer, cache: KVCache, most: int, graphs: bool, most_tokens: int = 0) -> None:
         self.model, self.cache = model, cache
         device = cache.k.device
+        self.hidden: Tensor | None = None
+        if not model.links.first:
+            size = max(most, most_tokens) + MIXED_TOKENS[-1] + most
+            self.hidden = torch.zeros(size, model.shape.hidden, dtype=cache.k.dtype, device=device)
         self.slots = torch.full((most,), cache.pad_slot, dtype=torch.int64, device=device)
         self.sizes = buckets(most)
         self.mixed_rows = [rows for rows in MIXED_ROWS if rows <= most] if graphs and model.fused else []
@@ -113,18 +123,23 @@ class Steps:
 
     def _decode_step(self, size: int, greedy: bool) -> DecodeStep:
         slots = self.slots[:size]
-        logits = self.model.decode(self.cache.last_token[slots], self.cache.lengths, slots)
-        tokens = logits.argmax(-1)
+        hidden = None if self.hidden is None else self.hidden[:size]
+        logits = self.model.decode(self.cache.last_token[slots], self.cache.lengths, slots, hidden)
+        if not self.model.links.last:
+            return DecodeStep(slots, logits, slots[:0])
+        tokens = self.model.likeliest(logits)
         if greedy:
             self.commit(slots, tokens)
         return DecodeStep(slots, logits, tokens)
 
     def _capture_decode(self, size: int, greedy: bool) -> None:
         assert self._decode is not None
-        kept = self.slots.clone()
+        kept, received = self.slots.clone(), None if self.hidden is None else self.hidden[:size].clone()
         self.slots.fill_(self.cache.pad_slot)  # the run before the capture must touch no sequence
         self._decode.capture((size, greedy, self.model.adapted), lambda: self._decode_step(size, greedy))
         self.slots.copy_(kept)
+        if self.hidden is not None and received is not None:
+            self.hidden[:size].copy_(received)  # which that run has worked on
 
     # ---- batches with prompts
 
@@ -149,22 +164,33 @@ class Steps:
         self._packed[: len(empty)].copy_(torch.from_numpy(empty))
 
         def work() -> MixedStep:
-            return mixed_step(self.model, self.cache, Inputs.of(self._packed, bucket, None), greedy)
+            hidden = None if self.hidden is None else self.hidden[: bucket.rows + bucket.tokens]
+            return mixed_step(self.model, self.cache, Inputs.of(self._packed, bucket, None), greedy, hidden)
 
+        received = None if self.hidden is None else self.hidden[: bucket.rows + bucket.tokens].clone()
         self._mixed.capture((bucket, greedy, self.model.adapted), work)
+        if self.hidden is not None and received is not None:
+            self.hidden[: len(received)].copy_(received)
+
+    def drop(self) -> None:
+        """Let go of all graphs."""
+        for graphs in (self._decode, self._mixed):
+            if graphs is not None:
+                graphs.drop()
 
     def warm(self) -> None:
-        """Capture all greedy graphs, largest first so that they share memory; with adapters too where the model has a bank."""
+        """Capture all graphs of greedy steps, largest first as they share memory; with adapters too where there is a bank."""
         if self._decode is None or self._mixed is None:
             return
+        greedy = self.model.links.stages == 1  # with several stages the tokens are committed outside the graph
         for adapted in (False, True) if self.model.adapters is not None else (False,):
             self.model.adapted = adapted
             for size in reversed(self.sizes):
-                if (size, True, adapted) not in self._decode:
-                    self._capture_decode(size, True)
+                if (size, greedy, adapted) not in self._decode:
+                    self._capture_decode(size, greedy)
             for rows in reversed(self.mixed_rows):
                 for tokens in reversed(MIXED_TOKENS if rows else [size for size in MIXED_TOKENS if size <= PROMPT_TOKENS]):
                     bucket = Bucket(rows, tokens, MIXED_CHUNKS)
-                    if (bucket, True, adapted) not in self._mixed:
-                        self._capture_mixed(bucket, True)
+                    if (bucket, greedy, adapted) not in self._mixed:
+                        self._capture_mixed(bucket, greedy)
         self.model.adapted = False

@@ -18,7 +18,9 @@ from systems.common.models import ModelShape
 from systems.common.torch_engine.attention import Chunks
 from systems.common.torch_engine.kernels.grouped_lora import grouped_lora
 from systems.common.torch_engine.kernels.paged_prefill import TILE_Q
+from systems.common.torch_engine.linear import Linear
 from systems.common.torch_engine.numerics import DTYPES
+from systems.common.torch_engine.quantised import Quantised
 from systems.common.torch_engine.weights import Layer, Weights
 
 MODULES = {
@@ -127,7 +129,8 @@ class AdapterBank:
         """
         if name not in self.index and len(self.index) == self.capacity:
             raise InputError(f"adapter {name}", "capacity", self.capacity, "the bank is full: raise it or drop an adapter")
-        place = self.index.get(name, len(self.index) + 1)
+        taken = set(self.index.values())
+        place = self.index.get(name) or next(i for i in range(1, self.capacity + 1) if i not in taken)
         known = {module: (site, part) for site in self.sites for part, module in enumerate(MODULES[site])}
         for module, (a, _) in adapter.modules.items():
             kind = module.split(".", 3)[3]
@@ -144,6 +147,10 @@ class AdapterBank:
             torch.cuda.current_stream().wait_stream(self._stream)
         self.index[name] = place
 
+    def unload(self, name: str) -> None:
+        """Free the place of an adapter that no sequence uses. Raises KeyError when there is none of that name."""
+        del self.index[name]
+
     def _copy(self, place: int, adapter: Adapter, known: Mapping[str, tuple[str, int]]) -> None:
         for site in self.sites:
             self.a[site][:, place] = 0
@@ -156,6 +163,9 @@ class AdapterBank:
             self.a[site][int(layer), place, top : top + a.shape[0]].copy_(a, non_blocking=True)
             b_room = self.b[site][int(layer), place, begin : begin + b.shape[0], : b.shape[1]]
             b_room.copy_((b.to(b_room.device, non_blocking=True).float() * adapter.scale).to(b_room.dtype))
+
+    def before(self, x: Tensor, layer: int, site: str, slots: Tensor, chunks: Chunks | None) -> None:
+        """Called before a site's product is launched: for banks that have work to put beside it, or something to wait for."""
 
     def add(self, y: Tensor, x: Tensor, layer: int, site: str, slots: Tensor, chunks: Chunks | None) -> None:
         """Add the adapters' part of a site to its output `y` in place: decoding rows of `slots` first, then `chunks`."""
@@ -207,9 +217,12 @@ def merge(shape: ModelShape, weights: Weights, adapter: Adapter, sign: float = 1
     for module, (a, b) in adapter.modules.items():
         _, _, layer, kind = module.split(".", 3)
         site, begin = sites[kind]
-        target = _linear(weights.layers[int(layer)], site)[begin : begin + b.shape[0]]
+        linear = _linear(weights.layers[int(layer)], site)
+        if isinstance(linear, Quantised):
+            raise InputError("adapter", "merge", module, "quantised weights cannot take it in: keep it in the adapters' bank")
+        target = linear.weight[begin : begin + b.shape[0]]
         target += (sign * adapter.scale * (b.float() @ a.float())).to(target)
 
 
-def _linear(layer: Layer, site: str) -> Tensor:
-    return {"qkv": layer.qkv, "o": layer.o, "up": layer.up, "down": layer.down}[site].weight
+def _linear(layer: Layer, site: str) -> Linear:
+    return {"qkv": layer.qkv, "o": layer.o, "up": layer.up, "down": layer.down}[site]

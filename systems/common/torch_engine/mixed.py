@@ -159,22 +159,27 @@ def nothing(bucket: Bucket, pad_slot: int) -> Ints:
 
 @dataclass(slots=True)
 class MixedStep:
-    """What a batch gives: `logits` and likeliest `tokens` of `keep`, and where each token belongs."""
+    """What a batch gives: `logits` and likeliest `tokens` of `keep`, and where each token belongs.
+
+    On a pipeline stage before the last: `logits` is the residual stream of all tokens, `tokens` is empty.
+    """
 
     logits: Tensor
     tokens: Tensor
     answered: Tensor
 
 
-def mixed_step(model: Transformer, cache: KVCache, inputs: Inputs, greedy: bool) -> MixedStep:
-    """Run one batch; moves the lengths, and commits the tokens when `greedy`."""
+def mixed_step(model: Transformer, cache: KVCache, inputs: Inputs, greedy: bool, hidden: Tensor | None = None) -> MixedStep:
+    """Run one batch; moves the lengths, and commits the tokens when `greedy`. `hidden` as in `Transformer.forward`."""
     tokens = torch.cat([cache.last_token[inputs.row_slots], inputs.prompt])
     positions = None
     if model.shape.positions:
         positions = torch.cat([cache.lengths[inputs.row_slots].long(), inputs.chunks.positions])
-    logits = model.forward(tokens, positions, inputs.row_slots, inputs.chunks, inputs.keep)
-    chosen = logits.argmax(-1)
+    out = model.forward(tokens, positions, inputs.row_slots, inputs.chunks, inputs.keep, hidden)
     cache.lengths.index_copy_(0, inputs.moved, inputs.lengths)
+    if not model.links.last:
+        return MixedStep(out, inputs.answered[:0], inputs.answered)
+    chosen = model.likeliest(out)
     if greedy:
         cache.last_token.index_copy_(0, inputs.answered, chosen)
-    return MixedStep(logits, chosen, inputs.answered)
+    return MixedStep(out, chosen, inputs.answered)

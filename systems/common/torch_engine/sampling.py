@@ -13,12 +13,16 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How one request wants its tokens. `temperature` 0 is greedy; generation ends early after one of `stop_tokens`."""
+    """How one request wants its tokens.
+
+    `temperature` 0 is greedy. Generation ends early after one of `stop_tokens` that follows at least `min_tokens` tokens.
+    """
 
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int = 0
     stop_tokens: frozenset[int] = frozenset()
+    min_tokens: int = 0
 
     def __post_init__(self) -> None:
         assert self.temperature >= 0 and 0 < self.top_p <= 1, self

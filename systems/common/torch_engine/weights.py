@@ -2,13 +2,16 @@
 """Weights of a decoder-only transformer: random ones, or safetensors with Hugging Face names.
 
 q, k and v are one matrix, and so are gate and up: one product instead of three or two. All matrices are [outputs, inputs].
+A rank of several builds its `Place` of the whole; `dtype` "int8" or "int4" quantises the layers' matrices on the way
+(embedding, head and norms keep the model's format). Whatever the place, the numbers are those of the whole model.
 """
 
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -16,7 +19,13 @@ from torch import Tensor
 
 from systems.common.errors import InputError
 from systems.common.models import ModelShape
+from systems.common.torch_engine import quantised
+from systems.common.torch_engine.linear import Linear
+from systems.common.torch_engine.memory import or_say_what_to_lower
 from systems.common.torch_engine.numerics import DTYPES
+from systems.common.torch_engine.placement import Place, Span
+
+__all__ = ["Layer", "Linear", "Norm", "Weights", "build", "load", "load_safetensors", "random_weights", "weight_bytes"]
 
 
 @dataclass(slots=True)
@@ -25,14 +34,6 @@ class Norm:
 
     gain: Tensor
     shift: Tensor | None = None
-
-
-@dataclass(slots=True)
-class Linear:
-    """A matrix [outputs, inputs] and its bias [outputs]."""
-
-    weight: Tensor
-    bias: Tensor | None = None
 
 
 @dataclass(slots=True)
@@ -49,7 +50,10 @@ class Layer:
 
 @dataclass(slots=True)
 class Weights:
-    """A whole model. `head` is `embedding` itself where the two are tied; `positions` is the learned position table."""
+    """A model, or a rank's part of one, where what other stages hold is empty.
+
+    `head` is `embedding` itself where the two are tied; `positions` is the learned position table.
+    """
 
     embedding: Tensor
     positions: Tensor | None
@@ -98,82 +102,167 @@ def _names(shape: ModelShape) -> Names:
     return LLAMA if shape.gated else OPT
 
 
-def build(shape: ModelShape, source: Source) -> Weights:
-    """Weights of `shape`, every tensor taken from `source` by its Hugging Face name."""
-    names, hidden = _names(shape), shape.hidden
+def build(shape: ModelShape, source: Source, place: Place | None = None, dtype: str | None = None) -> Weights:
+    """Weights of `shape`, every tensor taken from `source` by its Hugging Face name.
+
+    Args:
+        shape: the whole model.
+        source: where tensors come from, whole.
+        place: the part to keep; None: all.
+        dtype: `int8` or `int4` to quantise the layers' matrices; None: as they are.
+    """
+    names, hidden, lead = _names(shape), shape.hidden, place is None or place.tp_rank == 0
 
     def norm(name: str) -> Norm:
         return Norm(source(name + ".weight", (hidden,)), source(name + ".bias", (hidden,)) if shape.biases else None)
 
-    def linear(modules: list[tuple[str, int]], inputs: int, biased: bool) -> Linear:
-        parts = [source(name + ".weight", (outputs, inputs)) for name, outputs in modules]
-        biases = [source(name + ".bias", (outputs,)) for name, outputs in modules] if biased else []
-        return Linear(_joined(parts), _joined(biases) if biased else None)
+    def matrix(name: str, size: tuple[int, int], outputs: Span | None, inputs: Span | None, biased: bool) -> Linear:
+        weight, bias = source(name + ".weight", size), source(name + ".bias", size[:1]) if biased else None
+        if bias is not None and outputs is not None:
+            bias = bias[outputs.begin : outputs.end].clone()
+        if inputs is not None and not lead:
+            bias = None  # the ranks' parts are summed: one of them brings the bias
+        if dtype is not None:
+            whole = quantised.quantise(weight, bias, dtype)
+            return whole if outputs is None and inputs is None else quantised.part(whole, outputs, inputs)
+        if outputs is not None:
+            weight = weight[outputs.begin : outputs.end].clone()
+        if inputs is not None:
+            weight = weight[:, inputs.begin : inputs.end].clone()
+        return Linear(weight, bias)
 
     def layer(i: int) -> Layer:
         at = names.layer.format(i=i)
+        q, kv, mlp = (place.q, place.kv, place.mlp) if place is not None else (None, None, None)
+        widths = (shape.q_width, shape.kv_width, shape.kv_width)
         qkv = [
-            (at + f"self_attn.{x}_proj", width) for x, width in zip("qkv", (shape.q_width, *[shape.kv_width] * 2), strict=True)
+            matrix(at + f"self_attn.{x}_proj", (width, hidden), part, None, shape.biases or shape.qkv_biases)
+            for x, width, part in zip("qkv", widths, (q, kv, kv), strict=True)
         ]
+        ups = [matrix(at + up, (shape.mlp, hidden), mlp, None, shape.biases) for up in names.ups]
         return Layer(
             norm(at + names.norm1),
-            linear(qkv, hidden, shape.biases or shape.qkv_biases),
-            linear([(at + names.o, hidden)], shape.q_width, shape.biases),
+            _joined(qkv),
+            matrix(at + names.o, (hidden, shape.q_width), None, q, shape.biases),
             norm(at + names.norm2),
-            linear([(at + up, shape.mlp) for up in names.ups], hidden, shape.biases),
-            linear([(at + names.down, hidden)], shape.mlp, shape.biases),
+            _joined(ups),
+            matrix(at + names.down, (hidden, shape.mlp), None, mlp, shape.biases),
         )
 
-    embedding = source(names.embedding + ".weight", (shape.vocab, hidden))
-    positions = source(names.positions + ".weight", (shape.positions, hidden)) if shape.positions else None
-    head = embedding if shape.tied else source("lm_head.weight", (shape.vocab, hidden))
-    return Weights(embedding, positions, [layer(i) for i in range(shape.layers)], norm(names.norm), head)
+    def table(name: str) -> Tensor:
+        whole = source(name, (shape.vocab, hidden))
+        if place is None or place.layout.tp == 1:
+            return whole
+        mine = whole[place.vocab.begin : place.vocab.end]
+        return torch.cat([mine, mine.new_zeros(place.vocab.size - len(mine), hidden)])
+
+    first, last = place is None or place.first, place is None or place.last
+    layers = [layer(i) for i in (range(shape.layers) if place is None else range(place.layers.begin, place.layers.end))]
+    none = torch.empty(0, hidden, dtype=DTYPES[shape.dtype], device=layers[0].norm1.gain.device)
+    tokens = table(names.embedding + ".weight") if first or (last and shape.tied) else none
+    positions = source(names.positions + ".weight", (shape.positions, hidden)) if shape.positions and first else None
+    head = none if not last else tokens if shape.tied else table("lm_head.weight")
+    return Weights(tokens, positions, layers, norm(names.norm) if last else Norm(none), head)
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _joined(parts: list[Linear]) -> Linear:
+    if len(parts) == 1:
+        return parts[0]
+    several = [part for part in parts if isinstance(part, quantised.Quantised)]
+    if several:
+        return quantised.joined(several)
+    biases = [part.bias for part in parts if part.bias is not None]
+    return Linear(torch.cat([part.weight for part in parts]), torch.cat(biases) if biases else None)
 
 
-def random_weights(shape: ModelShape, seed: int = 0, device: torch.device | str = "cpu") -> Weights:
-    """Normal weights with deviation 1 / sqrt(inputs), gains near 1, the same for the same seed and device."""
-    generator = torch.Generator(device).manual_seed(seed)
-    dtype = DTYPES[shape.dtype]
+def weight_bytes(weights: Weights) -> int:
+    """Bytes that the weights take on the device; a tied head counts once."""
+    tensors = {id(t): t for t in _tensors(weights)}
+    return sum(t.numel() * t.element_size() for t in tensors.values())
+
+
+def _tensors(part: object) -> Iterator[Tensor]:
+    if isinstance(part, Tensor):
+        yield part
+    elif isinstance(part, list):
+        for one in part:
+            yield from _tensors(one)
+    elif isinstance(part, (Weights, Layer, Norm, Linear)):
+        for field in fields(part):
+            yield from _tensors(getattr(part, field.name))
+
+
+def random_weights(
+    shape: ModelShape,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    *,
+    place: Place | None = None,
+    dtype: str | None = None,
+) -> Weights:
+    """Normal weights with deviation 1 / sqrt(inputs), gains near 1, the same for the same seed and kind of device.
+
+    Every tensor has a seed of its own, made of `seed` and its name: a rank draws its part without drawing the rest.
+
+    Raises:
+        InputError: the device has too little memory.
+    """
+    generator = torch.Generator(device)
+    format_ = DTYPES[shape.dtype]
 
     def source(name: str, size: tuple[int, ...]) -> Tensor:
-        tensor = torch.empty(size, dtype=dtype, device=device)
+        generator.manual_seed(seed * 0x9E3779B1 + zlib.crc32(name.encode()) & 0x7FFFFFFFFFFFFFFF)
+        tensor = torch.empty(size, dtype=format_, device=device)
         if len(size) == 2:
             return tensor.normal_(0, 1 / math.sqrt(size[1]), generator=generator)
         tensor.normal_(0, 0.1, generator=generator)
         return tensor if name.endswith(".bias") else tensor.add_(1)
 
-    return build(shape, source)
+    with or_say_what_to_lower(shape, place, dtype):
+        return build(shape, source, place, dtype)
 
 
 def load(
-    shape: ModelShape, tensors: Mapping[str, Tensor], device: torch.device | str = "cpu", where: str = "weights"
+    shape: ModelShape,
+    tensors: Mapping[str, Tensor],
+    device: torch.device | str = "cpu",
+    where: str | Callable[[str], str] = "weights",
+    *,
+    place: Place | None = None,
+    dtype: str | None = None,
 ) -> Weights:
     """Weights from `tensors` by Hugging Face name, in the shape's number format on `device`.
 
     Raises:
-        InputError: a tensor is missing, or has another shape than the model's.
+        InputError: a tensor is missing, or has another shape than the model's; the device has too little memory.
     """
-    dtype = DTYPES[shape.dtype]
+    format_ = DTYPES[shape.dtype]
 
     def source(name: str, size: tuple[int, ...]) -> Tensor:
+        at = where if isinstance(where, str) else where(name)
         if name not in tensors:
-            raise InputError(where, "tensor", name, f"missing: {shape.name} needs it; is this another model's file?")
-        if tuple(tensors[name].shape) != size:
-            raise InputError(where, name, tuple(tensors[name].shape), f"has the wrong shape: {shape.name} needs {size}")
-        return tensors[name].to(device=device, dtype=dtype)
+            raise InputError(at, "tensor", name, f"missing: {shape.name} needs it; is this another model's file?")
+        tensor = tensors[name]
+        if tuple(tensor.shape) != size:
+            raise InputError(at, name, tuple(tensor.shape), f"has the wrong shape: {shape.name} needs {size}")
+        return tensor.to(device=device, dtype=format_)
 
-    return build(shape, source)
+    with or_say_what_to_lower(shape, place, dtype):
+        return build(shape, source, place, dtype)
 
 
-def load_safetensors(shape: ModelShape, folder: Path, device: torch.device | str = "cpu") -> Weights:
+def load_safetensors(
+    shape: ModelShape,
+    folder: Path,
+    device: torch.device | str = "cpu",
+    *,
+    place: Place | None = None,
+    dtype: str | None = None,
+) -> Weights:
     """Weights from all `*.safetensors` files in `folder`.
 
     Raises:
-        InputError: no file, a file that is not safetensors, or what `load` refuses.
+        InputError: no file, a file that is cut off or not safetensors, or what `load` refuses; names file and tensor.
     """
     from safetensors import SafetensorError, safe_open  # only who loads a real model needs the package
 
@@ -190,8 +279,11 @@ def load_safetensors(shape: ModelShape, folder: Path, device: torch.device | str
                     raise InputError(file, "weights", str(error), "not a whole safetensors file: copy it again") from error
 
         def __getitem__(self, name: str) -> Tensor:
-            with safe_open(self.files[name], framework="pt") as opened:
-                return opened.get_tensor(name)
+            try:
+                with safe_open(self.files[name], framework="pt") as opened:
+                    return opened.get_tensor(name)
+            except (SafetensorError, OSError, RuntimeError, ValueError) as error:
+                raise InputError(self.files[name], name, str(error), "cannot be read: copy the file again") from error
 
         def __iter__(self) -> Iterator[str]:
             return iter(self.files)
@@ -202,4 +294,4 @@ def load_safetensors(shape: ModelShape, folder: Path, device: torch.device | str
     files = Files()
     if not files:
         raise InputError(folder, "weights", "*.safetensors", "no such file in the folder: name the one that holds the model")
-    return load(shape, files, device, where=str(folder))
+    return load(shape, files, device, lambda name: str(files.files.get(name, folder)), place=place, dtype=dtype)

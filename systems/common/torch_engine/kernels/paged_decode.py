@@ -1,11 +1,13 @@
 # ruff: noqa: ANN001, ANN202, N803
 # mypy: disable-error-code="no-untyped-def, untyped-decorator, no-untyped-call"
-"""Decode attention over the paged KV cache, split over the context, one new token per sequence.
+"""Decode attention over the paged KV cache, one new token per sequence, the work shared out evenly whatever the contexts.
 
 For each row (a sequence) the kernel rotates q and the new key, stores the new key and value at position `length` of the
-sequence, and attends over the `length` tokens before it and the new one. A program serves one row, one kv head (all its
-query heads together: each key is read once for the group) and one share of the context; `_combine` joins the shares by their
-log-sum-exp. The new token is handled from registers by share 0, so that nothing waits for its own store.
+sequence, and attends over the `length` tokens before it and the new one. A program serves one kv head (all its query heads
+together: each key is read once for the group) of one *share* of a row's context. `plan` cuts the contexts of a batch into
+shares of nearly the same size, once per step and on the device, so that one graph serves any contexts: a batch lasts as long
+as its mean context, not as its longest. Rows of one share write their output at once; of the others the program that ends last
+joins the shares by their log-sum-exp. The new token is handled from registers by share 0: nothing waits for its own store.
 
     qkv: [rows, (heads + 2 kv_heads) * head_dim]; slots: [rows]; lengths: [slots]; tables: [slots, blocks of a sequence]
     caches: [blocks, kv_heads, block_tokens, head_dim] of one layer; out: [rows, heads * head_dim]
@@ -15,20 +17,49 @@ Bytes floor: 2 * sum(lengths) * kv_heads * head_dim * size.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from systems.common.torch_engine.kernels.triton_guard import jit, tl, triton
 
+FEW_PROGRAMS, PROGRAMS = 264, 528
+"""Shares times kv heads that a batch is cut into, up to 32 rows and above: two and four for each multiprocessor of an H200."""
+COMPILED = (128, 4, 2)
+"""Keys per step of a program, warps, stages: the best of 6 on an H200 over even and uneven contexts (docs/engine.md)."""
 
-@jit
+
+@jit(do_not_specialize=["rows"])  # else a batch of another size may wait for a compiler
+def _plan(
+    lengths, slots, starts, owner, rows, KV: tl.constexpr, PROGRAMS: tl.constexpr, TILE: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
+    row = tl.arange(0, ROWS)
+    live = row < rows
+    past = tl.load(lengths + tl.load(slots + row, mask=live, other=0), mask=live, other=0)
+    share = tl.maximum(1, tl.cdiv(tl.cdiv(tl.sum(past) * KV, PROGRAMS), TILE)) * TILE
+    count = tl.where(live, tl.maximum(1, tl.cdiv(past, share)), 0)
+    end = tl.cumsum(count, 0)
+    tl.store(starts + row, end - count, mask=live)
+    tl.store(starts + rows, tl.sum(count))
+    for part in range(tl.max(count)):
+        tl.store(owner + end - count + part, row, mask=part < count)
+
+
+@jit(do_not_specialize=["rows"])
 def _decode(
-    qkv, k_cache, v_cache, tables, lengths, slots, rope, out, partial, lse,
-    scale, table_width,
-    HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, BLOCK_TOKENS: tl.constexpr, SPLITS: tl.constexpr,
+    qkv, k_cache, v_cache, tables, lengths, slots, rope, out, partial, lse, starts, owner, arrived,
+    scale, table_width, rows,
+    HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
     ROPE: tl.constexpr, GROUP: tl.constexpr, PAD: tl.constexpr, TILE: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    row, kv, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    item, kv = tl.program_id(0), tl.program_id(1)
+    if item >= tl.load(starts + rows):
+        return
+    row = tl.load(owner + item)
+    first = tl.load(starts + row)
+    splits = tl.load(starts + row + 1) - first
+    split = item - first
     slot = tl.load(slots + row).to(tl.int64)
     past = tl.load(lengths + slot)
     d = tl.arange(0, D)
@@ -63,7 +94,7 @@ def _decode(
         best = tl.sum(q.to(tl.float32) * key[None, :].to(tl.float32), 1) * log2_scale
         total += 1.0
         acc += value[None, :].to(tl.float32)
-    share = tl.cdiv(tl.cdiv(past, SPLITS), TILE) * TILE
+    share = tl.cdiv(tl.cdiv(past, splits), TILE) * TILE
     end = tl.minimum((split + 1) * share, past)
     for start in range(split * share, end, TILE):
         token = start + tl.arange(0, TILE)
@@ -80,81 +111,90 @@ def _decode(
         acc = acc * shrink[:, None] + tl.dot(weight.to(dtype), v, input_precision="ieee" if EXACT else "tf32")
         total = total * shrink + tl.sum(weight, 1)
         best = highest
-    head = kv * GROUP + tl.arange(0, PAD)
+    head = row * HEADS + kv * GROUP + tl.arange(0, PAD)
     live_head = tl.arange(0, PAD) < GROUP
-    if SPLITS == 1:
-        acc = acc / total[:, None]
-        tl.store(out + (row * HEADS + head)[:, None] * D + d[None, :], acc.to(dtype), mask=live_head[:, None])
+    if splits == 1:
+        tl.store(out + head[:, None] * D + d[None, :], (acc / total[:, None]).to(dtype), mask=live_head[:, None])
     else:
-        slice_ = (row * HEADS + head) * SPLITS + split
-        tl.store(
-            partial + slice_[:, None] * D + d[None, :], acc / total[:, None], mask=live_head[:, None] & (total > 0)[:, None]
-        )
-        tl.store(lse + slice_, tl.where(total > 0, best + tl.log2(total), float("-inf")), mask=live_head)
+        here = (item * KV + kv) * GROUP + tl.arange(0, PAD)
+        share_of = acc / tl.where(total > 0, total, 1.0)[:, None]
+        tl.store(partial + here[:, None] * D + d[None, :], share_of, mask=live_head[:, None])
+        tl.store(lse + here, tl.where(total > 0, best + tl.log2(total), float("-inf")), mask=live_head)
+        tl.debug_barrier()  # the whole program has stored its share before it counts itself
+        if tl.atomic_add(arrived + row * KV + kv, 1, sem="acq_rel") == splits - 1:
+            tl.store(arrived + row * KV + kv, 0)
+            best = tl.full([PAD], float("-inf"), tl.float32)
+            total = tl.zeros([PAD], tl.float32)
+            acc = tl.zeros([PAD, D], tl.float32)
+            for part in tl.range(0, splits, loop_unroll_factor=4):  # share 0 holds the new token: after it `best` is finite
+                there = ((first + part) * KV + kv) * GROUP + tl.arange(0, PAD)
+                weight = tl.load(lse + there, mask=live_head, other=0.0, cache_modifier=".cg")
+                at = partial + there[:, None] * D + d[None, :]
+                share_of = tl.load(at, mask=live_head[:, None], other=0.0, cache_modifier=".cg")
+                highest = tl.maximum(best, weight)
+                shrink = tl.exp2(best - highest)
+                weight = tl.exp2(weight - highest)
+                acc = acc * shrink[:, None] + share_of * weight[:, None]
+                total = total * shrink + weight
+                best = highest
+            tl.store(out + head[:, None] * D + d[None, :], (acc / total[:, None]).to(dtype), mask=live_head[:, None])
 
 
-@jit
-def _combine(partial, lse, out, D: tl.constexpr, SPLITS: tl.constexpr):
-    head = tl.program_id(0)
-    s, d = tl.arange(0, SPLITS), tl.arange(0, D)
-    weight = tl.load(lse + head * SPLITS + s)
-    weight = tl.exp2(weight - tl.max(weight))  # share 0 always holds the new token, so the maximum is finite
-    part = tl.load(partial + (head * SPLITS + s)[:, None] * D + d[None, :], mask=(weight > 0)[:, None], other=0.0)
-    mean = tl.sum(part * weight[:, None], 0) / tl.sum(weight)
-    tl.store(out + head * D + d, mean.to(out.dtype.element_ty))
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How the contexts of one batch are cut.
+
+    Attributes:
+        starts: first share of each row, and the number of all shares; [rows + 1].
+        owner: row of each share; [shares that there can be].
+        arrived: shares of each row and kv head that are done; 0 between kernels; [rows, kv_heads].
+        tile, warps, stages: keys per step of a program, and how it is compiled.
+    """
+
+    starts: Tensor
+    owner: Tensor
+    arrived: Tensor
+    tile: int
+    warps: int
+    stages: int
 
 
-FEW_PROGRAMS, MANY_PROGRAMS = (128, 8, 2), (64, 4, 3)
-"""Tile of keys, warps, stages. On an H200 wide tiles win at 32 rows of 8 kv heads and lose at 64 (docs/engine.md)."""
+def plan(
+    lengths: Tensor, slots: Tensor, kv_heads: int, arrived: Tensor, programs: int | None = None,
+    compiled: tuple[int, int, int] = COMPILED,
+) -> Plan:  # fmt: skip
+    """Cut the contexts of `slots` into about `programs` / `kv_heads` shares of equal size; whole rows where rows are many.
 
-
-def splits_for(rows: int, kv_heads: int, programs: int = 256, most: int = 32) -> int:
-    """Shares of the context so that at least `programs` run (two per multiprocessor): a power of two up to `most`."""
-    splits = 1
-    while splits < most and rows * kv_heads * splits < programs:
-        splits *= 2
-    return splits
+    `arrived` is zeros for at least as many rows; every kernel that uses it leaves it so.
+    """
+    rows = len(slots)
+    tile, warps, stages = compiled
+    programs = programs or (FEW_PROGRAMS if rows <= 32 else PROGRAMS)
+    starts = torch.empty(rows + 1, dtype=torch.int32, device=slots.device)
+    owner = torch.empty(rows + programs // kv_heads + 1, dtype=torch.int32, device=slots.device)
+    _plan[(1,)](
+        lengths, slots, starts, owner, rows, KV=kv_heads, PROGRAMS=programs, TILE=tile,
+        ROWS=triton.next_power_of_2(len(arrived)), num_warps=4,
+    )  # fmt: skip
+    return Plan(starts, owner, arrived, tile, warps, stages)
 
 
 def paged_decode(
     qkv: Tensor, k_cache: Tensor, v_cache: Tensor, tables: Tensor, lengths: Tensor, slots: Tensor, rope: Tensor | None,
-    heads: int, scale: float, splits: int, tile: int = 64, warps: int = 4, stages: int = 3,
+    heads: int, scale: float, plan: Plan,
 ) -> Tensor:  # fmt: skip
     """Attention output [rows, heads * head_dim]; stores the new keys and values (not rotated where `rope` is None)."""
     rows = qkv.shape[0]
     _, kv_heads, block_tokens, head_dim = k_cache.shape
     out = torch.empty(rows, heads * head_dim, dtype=qkv.dtype, device=qkv.device)
-    partial, lse = out, out
-    if splits > 1:
-        partial = torch.empty(rows, heads, splits, head_dim, dtype=torch.float32, device=qkv.device)
-        lse = torch.empty(rows, heads, splits, dtype=torch.float32, device=qkv.device)
+    partial = torch.empty(len(plan.owner), heads, head_dim, dtype=torch.float32, device=qkv.device)
+    lse = torch.empty(len(plan.owner), heads, dtype=torch.float32, device=qkv.device)
     group = heads // kv_heads
-    _decode[(rows, kv_heads, splits)](
-        qkv,
-        k_cache,
-        v_cache,
-        tables,
-        lengths,
-        slots,
-        qkv if rope is None else rope,
-        out,
-        partial,
-        lse,
-        scale,
-        tables.stride(0),
-        HEADS=heads,
-        KV=kv_heads,
-        D=head_dim,
-        BLOCK_TOKENS=block_tokens,
-        SPLITS=splits,
-        ROPE=rope is not None,
-        GROUP=group,
-        PAD=max(16, triton.next_power_of_2(group)),
-        TILE=tile,
-        EXACT=qkv.dtype == torch.float32,
-        num_warps=warps,
-        num_stages=stages,
-    )
-    if splits > 1:
-        _combine[(rows * heads,)](partial, lse, out, D=head_dim, SPLITS=splits, num_warps=2 if splits <= 8 else 4)
+    _decode[(len(plan.owner), kv_heads)](
+        qkv, k_cache, v_cache, tables, lengths, slots, qkv if rope is None else rope, out, partial, lse,
+        plan.starts, plan.owner, plan.arrived, scale, tables.stride(0), rows,
+        HEADS=heads, KV=kv_heads, D=head_dim, BLOCK_TOKENS=block_tokens, ROPE=rope is not None, GROUP=group,
+        PAD=max(16, triton.next_power_of_2(group)), TILE=plan.tile, EXACT=qkv.dtype == torch.float32,
+        num_warps=plan.warps, num_stages=plan.stages,
+    )  # fmt: skip
     return out

@@ -20,6 +20,7 @@ def _rope_write(
     qkv, k_cache, v_cache, tables, positions, slots, rope,
     row_width, table_width,
     HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, BLOCK_TOKENS: tl.constexpr, ROPE: tl.constexpr, PAD: tl.constexpr,
+    KV_PAD: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     position = tl.load(positions + token)
@@ -44,10 +45,11 @@ def _rope_write(
     target = k_cache + place + (head - HEADS) * BLOCK_TOKENS * D + low
     tl.store(target, first, mask=key)
     tl.store(target + D // 2, second, mask=key)
-    value_head = tl.arange(0, KV)[:, None] if KV > 1 else tl.arange(0, 1)[:, None]
+    value_head = tl.arange(0, KV_PAD)[:, None]
     whole = tl.arange(0, D)[None, :]
-    value = tl.load(row + (HEADS + KV + value_head) * D + whole)
-    tl.store(v_cache + place + value_head * BLOCK_TOKENS * D + whole, value)
+    valued = value_head < KV
+    value = tl.load(row + (HEADS + KV + value_head) * D + whole, mask=valued, other=0.0)
+    tl.store(v_cache + place + value_head * BLOCK_TOKENS * D + whole, value, mask=valued)
 
 
 def rope_write(
@@ -60,10 +62,10 @@ def rope_write(
     rope: Tensor | None,
     heads: int,
 ) -> None:
-    """Rotate q and k of `qkv` in place (unless `rope` is None) and store k and v. `kv_heads` must be a power of two."""
+    """Rotate q and k of `qkv` in place (unless `rope` is None) and store k and v."""
     _, kv_heads, block_tokens, head_dim = k_cache.shape
     _rope_write[(qkv.shape[0],)](
         qkv, k_cache, v_cache, tables, positions, slots, qkv if rope is None else rope, qkv.stride(0), tables.stride(0),
         HEADS=heads, KV=kv_heads, D=head_dim, BLOCK_TOKENS=block_tokens, ROPE=rope is not None,
-        PAD=triton.next_power_of_2(heads + kv_heads), num_warps=4,
+        PAD=triton.next_power_of_2(heads + kv_heads), KV_PAD=triton.next_power_of_2(kv_heads), num_warps=4,
     )  # fmt: skip

@@ -1,0 +1,103 @@
+"""The engine's own process, so that HTTP never holds the interpreter that launches the engine's steps.
+
+The pipe ties the two together: when the HTTP process ends, however, the pipe closes and this one ends at once. Signals
+are the HTTP process's business (a service manager sends them to all).
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Callable
+from contextlib import suppress
+from multiprocessing.connection import Connection
+
+from systems.common.errors import InputError
+from systems.common.serve.config import ServeConfig
+from systems.common.serve.messages import Command, Ended, Ready, Report, Stop
+
+
+class EngineProcess:
+    """The HTTP process's end. `connection` becomes readable with every report; use it as a context manager."""
+
+    def __init__(self, config: ServeConfig) -> None:
+        """Start the process; it loads the model and reports `Ready`, or `Ended`."""
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self._process = context.Process(target=_main, args=(theirs, config), name="engine", daemon=True)
+        self._process.start()
+        theirs.close()
+
+    def __enter__(self) -> EngineProcess:
+        """Itself."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """End the process, whatever it does."""
+        self._process.kill()
+        self._process.join()
+        self.connection.close()
+
+    def stop(self, limit_s: float) -> None:
+        """Ask the engine to end, and wait so long for it."""
+        self.send(Stop())
+        self._process.join(limit_s)
+
+    def send(self, command: Command) -> None:
+        """Say something to the engine; one that is gone hears nothing."""
+        try:
+            self.connection.send(command)
+        except OSError:
+            assert not self.connection.closed  # the pipe is broken: `receive` will say `Ended`
+
+    def receive(self) -> Report:
+        """The next report; `Ended` when the process is gone without a word."""
+        try:
+            report: Report = self.connection.recv()
+        except (EOFError, OSError):
+            self._process.join(5)
+            return Ended(f"its process ended with code {self._process.exitcode}")
+        return report
+
+
+def _main(connection: Connection, config: ServeConfig) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    try:
+        _run(connection, config)
+        last = Ended()
+    except InputError as error:
+        last = Ended(str(error), fault=error)
+    except BaseException as error:
+        last = Ended(f"{type(error).__name__}: {error}".splitlines()[0], trace=traceback.format_exc())
+    with suppress(OSError):  # nobody is there any more to hear it
+        connection.send(last)
+
+
+def _run(connection: Connection, config: ServeConfig) -> None:
+    from systems.common.serve.core import EngineLoop  # PyTorch
+    from systems.common.serve.loading import engine
+
+    with engine(config) as live:
+        loop = EngineLoop(live, connection.send)
+        executor = live.executor
+        adapters = tuple(executor.adapters.index) if executor.adapters is not None else ()
+        vocab, dtype = executor.shape.vocab, executor.shape.dtype
+        connection.send(Ready(live.engine.config, executor.max_tokens, vocab, str(executor.device), dtype, adapters))
+        threading.Thread(target=_listen, args=(connection, loop.put), name="inbox", daemon=True).start()
+        try:
+            loop.run()
+        except InputError as error:  # bad input is refused before: this one is a defect
+            raise RuntimeError(str(error)) from error
+
+
+def _listen(connection: Connection, put: Callable[[Command], None]) -> None:
+    """Pass on what comes; when the HTTP process is gone, be gone too."""
+    while True:
+        try:
+            put(connection.recv())
+        except (EOFError, OSError):
+            os._exit(1)
