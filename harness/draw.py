@@ -82,7 +82,10 @@ def search_table(figure: FigureFile, table: DataFrame, series: Sequence[Path]) -
         for entry in History(path.with_suffix(".history.jsonl")).entries():
             row: dict[str, Any] = {"series": path.stem, **entry.point, figure.objective: entry.answer.objective}
             row |= {f"knob_{name}": entry.answer.probe.knobs.get(name) for name in figure.knobs}
-            row |= {f"{name}_over_limit": entry.answer.metrics[name] / limit for name, limit in figure.search.bounds.items()}
+            row |= {
+                f"{name}_over_limit": entry.answer.metrics[name] / limit
+                for name, limit in figure.rules_at(entry.point).bounds.items()
+            }
             rows.append(row | {"chosen": entry.trial in chosen})
     return pandas.DataFrame(rows)
 

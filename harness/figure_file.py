@@ -52,6 +52,18 @@ class Smoke(Model):
     parameters: dict[Name, Value] = Field(default_factory=dict)
 
 
+class Measured(Model):
+    """What the `measured` backend puts over the figure: there a trial lasts as long as its workload."""
+
+    parameters: dict[Name, Value] = Field(default_factory=dict)
+    levels: dict[Name, list[Cell]] = Field(default_factory=dict)
+    """Per factor, the levels that it keeps, by value; absent: all."""
+    tolerance: float | None = Field(default=None, gt=0, lt=1)
+    """Instead of the search's own; and so with the next two."""
+    repeats: int | None = Field(default=None, ge=1)
+    budget: int | None = Field(default=None, ge=1)
+
+
 class Level(Model):
     """One level of a factor; a plain value is short for `{value: ...}`."""
 
@@ -196,6 +208,7 @@ class FigureFile(Model):
     """Names in datasets/registry.yaml."""
     parameters: dict[Name, Value] = Field(default_factory=dict)
     smoke: Smoke = Smoke()
+    measured: Measured = Measured()
     factors: dict[Name, Factor] = Field(default_factory=dict)
     search: SearchRules | None = None
     """Absent: one trial per point."""
@@ -206,6 +219,28 @@ class FigureFile(Model):
     published: list[Published] = Field(default_factory=list)
     claims: list[Claim] = Field(default_factory=list)
     rescale: RescaleRules | None = None
+    portable: bool = False
+    """No rates and limits that would have to be rescaled: any hardware runs it as it is, and its claims are judged there."""
+    limits_from: dict[str, Name] = Field(default_factory=dict)
+    """Limits that vary over the figure: each one's metric, to the factor whose levels they are. No trial depends on it."""
+    target_from: Name | None = None
+    """The factor whose levels are the target of the search. No trial depends on it."""
+
+    def on(self, backend: str) -> FigureFile:
+        """The figure as `backend` runs it."""
+        if backend != "measured":
+            return self
+        rules = self.measured
+        given = {key: getattr(rules, key) for key in ("tolerance", "repeats", "budget") if getattr(rules, key) is not None}
+        kept = {name: _keeping(self.factors[name], values) for name, values in rules.levels.items()}
+        search = self.search.model_copy(update=given) if self.search else None
+        told: dict[str, Any] = {
+            "parameters": {**self.parameters, **rules.parameters},
+            "factors": {**self.factors, **kept},
+            "search": search,
+        }
+        told["smoke"] = Smoke(parameters={**self.smoke.parameters, **rules.parameters})
+        return self.model_copy(update=told)
 
     @property
     def objective(self) -> str:
@@ -234,6 +269,9 @@ class FigureFile(Model):
         for knob in self.knobs:
             if knob in self.factors:
                 raise Wrong("series", knob, "is both a factor and a knob: keep one")
+        self._check_from()
+        for name, values in self.measured.levels.items():
+            _check_kept(name, values, self.factors)
         for place, value in enumerate(self.published):
             self._check_published(f"published.{place}", value)
         try:
@@ -241,6 +279,32 @@ class FigureFile(Model):
         except ValueError as error:
             raise Wrong("claims", [claim.id for claim in self.claims], str(error)) from error
         return self
+
+    def _check_from(self) -> None:
+        named = {f"limits_from.{metric}": factor for metric, factor in self.limits_from.items()}
+        for key, factor in {**named, **({"target_from": self.target_from} if self.target_from else {})}.items():
+            if factor not in self.factors:
+                raise Wrong(key, factor, f"no such factor{suggest(factor, list(self.factors))}")
+            if not all(type(level.value) in (int, float) and level.value for level in self.factors[factor].levels):
+                raise Wrong(key, factor, "its levels must be numbers above 0")
+        if self.target_from and not (self.search and self.search.target):
+            raise Wrong("target_from", self.target_from, "add a `target` to the search: its metric is what the levels are of")
+        if self.limits_from and (not self.search or self.search.target):
+            raise Wrong("limits_from", list(self.limits_from), "belongs to a search under limits")
+
+    @property
+    def judging(self) -> frozenset[str]:
+        """The factors that say what is asked of a trial and not what it is."""
+        return frozenset({*self.limits_from.values(), *([self.target_from] if self.target_from else [])})
+
+    def rules_at(self, at: Mapping[str, Scalar]) -> SearchRules:
+        """The search's rules where the figure's factors stand at `at`."""
+        assert self.search
+        limits = {**self.search.limits, **{metric: float(at[name]) for metric, name in self.limits_from.items()}}  # type: ignore[arg-type]
+        target = self.search.target
+        if target and self.target_from:
+            target = target.model_copy(update={"value": float(at[self.target_from])})  # type: ignore[arg-type]
+        return self.search.model_copy(update={"limits": limits, "target": target})
 
     def _check_published(self, key: str, published: Published) -> None:
         names = [series.name for series in self.series]
@@ -257,11 +321,12 @@ class FigureFile(Model):
         """The series `name`; raises KeyError when there is none."""
         return {series.name: series for series in self.series}[name]
 
-    def space(self, series: str) -> SearchSpace | None:
-        """What the search may do for `series`; None where the figure has no search."""
+    def space(self, series: str, at: Mapping[str, Scalar] | None = None) -> SearchSpace | None:
+        """What the search may do for `series` (at the point `at`); None where the figure has no search."""
         if self.search is None:
             return None
-        rules = {name: getattr(self.search, name) for name in SearchRules.model_fields}
+        chosen = self.search if at is None else self.rules_at(at)
+        rules = {name: getattr(chosen, name) for name in SearchRules.model_fields}
         return SearchSpace(**rules, knobs=self.series_named(series).knobs)
 
     def points(self, series: str, smoke: bool = False) -> list[Point]:
@@ -269,13 +334,29 @@ class FigureFile(Model):
         chosen = self.series_named(series)
         fixed = {**self.parameters, **(self.smoke.parameters if smoke else {}), **chosen.parameters}
         levels = [factor.levels_at(smoke) for factor in self.factors.values()]
-        return [_point(fixed, dict(zip(self.factors, combination, strict=True))) for combination in itertools.product(*levels)]
+        combinations = [dict(zip(self.factors, chosen, strict=True)) for chosen in itertools.product(*levels)]
+        return [_point(fixed, combination, self.judging) for combination in combinations]
 
 
-def _point(fixed: Mapping[str, Any], levels: Mapping[str, Level]) -> Point:
+def _keeping(factor: Factor, values: Sequence[Scalar]) -> Factor:
+    kept = [level for level in factor.levels if level.value in values]
+    smoke = None if factor.smoke is None else [value for value in factor.smoke if value in values]
+    return factor.model_copy(update={"levels": kept, "smoke": smoke or None})
+
+
+def _check_kept(name: str, values: Sequence[Scalar], factors: Mapping[str, Factor]) -> None:
+    if name not in factors:
+        raise Wrong("measured.levels", name, f"no such factor{suggest(name, list(factors))}")
+    known = [level.value for level in factors[name].levels]
+    for value in values or [None]:
+        if value not in known:
+            raise Wrong(f"measured.levels.{name}", value, f"use some of the levels: {', '.join(map(str, known))}")
+
+
+def _point(fixed: Mapping[str, Any], levels: Mapping[str, Level], judging: frozenset[str]) -> Point:
     at = {name: level.value for name, level in levels.items()}
     extra = {key: value for level in levels.values() for key, value in level.set.items()}
-    return Point(at, {**fixed, **extra, **at})
+    return Point(at, {**fixed, **extra, **{name: value for name, value in at.items() if name not in judging}})
 
 
 def _refuse_twice(what: str, names: Sequence[str]) -> None:

@@ -18,7 +18,7 @@ import argparse
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +28,14 @@ from harness.config import Config, config_from_json
 from harness.figure_file import Factor, FigureFile, Level, RescaleRules, load_figure, system_of
 from harness.manifest import Manifest, read_manifests
 from harness.orphans import end_with_parent
+from harness.reference import Reference
 from harness.search import Answer, Knob, Probe, SearchSpace, propose
 from harness.trials import TrialStore, store_of
 from systems.registry import InputError, Scalar, Trial
 
 TOLERANCE = 0.02
+COARSE: Mapping[str, Any] = {"tolerance": 0.1, "repeats": 1, "budget": 10}
+"""The search for a saturation rate where every probe costs a GPU the length of its workload."""
 DIGITS = 4
 
 
@@ -80,7 +83,9 @@ class Finder:
             InputError: a testbed holds the limits at every rate from `low` to `high`, or at none.
         """
         before, after = self.figure.testbed, self.config.testbed(self.figure.testbed)
-        old, new = self._unloaded(before), self._unloaded(after)
+        foreseen = self._foreseen()
+        low = self.rules.low * (foreseen.rate_factor if foreseen else 1.0)  # more requests in as short a run
+        old, new = self._unloaded(before, self.rules.low), self._unloaded(after, low)
         unloaded = {limit: (old[limit], new[limit]) for limit in self.rules.latencies}
         for limit, pair in unloaded.items():
             if not all(math.isfinite(latency) and latency > 0 for latency in pair):
@@ -88,17 +93,33 @@ class Finder:
                 raise InputError(self.path, f"rescale.latencies.{limit}", name, f"is {pair} there: choose another metric")
         at = Moved(before, after, (1.0, 1.0), unloaded)
         limits = {name: value * at.latency_factor(name) for name, value in self.rules.within.items()}
-        rates = self._saturation(before, self.rules.within), self._saturation(after, limits)
+        start = foreseen.saturation_rps[1] if foreseen else None
+        rates = self._saturation(before, self.rules.within), self._saturation(after, limits, start)
         return Moved(before, after, rates, unloaded)
 
-    def _unloaded(self, testbed: str) -> dict[str, float]:
-        metrics = self._run(testbed, self.rules.low, 0)
+    def _foreseen(self) -> Moved | None:
+        """Where it is measured: what the simulator finds, if it knows the hardware."""
+        if self.config.backend != "measured":
+            return None
+        try:
+            return replace(self, config=self.config.model_copy(update={"backend": "simulated"})).find()
+        except InputError as error:
+            cli.say(f"no hint from the simulator: {error}")
+            return None
+
+    def _unloaded(self, testbed: str, rate_rps: float) -> dict[str, float]:
+        metrics = self._run(testbed, rate_rps, 0)
         return {limit: self._number(metrics, name, "latencies") for limit, name in self.rules.latencies.items()}
 
-    def _saturation(self, testbed: str, limits: Mapping[str, float]) -> float:
-        """The highest rate, requests/s, at which all `limits` hold on `testbed`."""
-        rate = Knob(low=self.rules.low, high=self.rules.high)
-        space = SearchSpace(maximise=self.rules.rate, limits=limits, tolerance=TOLERANCE, knobs={self.rules.rate: rate})
+    def backend(self, testbed: str) -> str:
+        """What runs on `testbed`: the paper's own is at hand only as a cost model."""
+        return self.config.backend if testbed == self.config.testbed(self.figure.testbed) else "simulated"
+
+    def _saturation(self, testbed: str, limits: Mapping[str, float], start: float | None = None) -> float:
+        """The highest rate, requests/s, at which all `limits` hold on `testbed`; the search may begin at `start`."""
+        rate = Knob(low=self.rules.low, high=self.rules.high, start=start)
+        coarse = COARSE if self.backend(testbed) == "measured" else {"tolerance": TOLERANCE}
+        space = SearchSpace(maximise=self.rules.rate, limits=limits, knobs={self.rules.rate: rate}, **coarse)
         answers: list[Answer] = []
         while isinstance(step := propose(space, answers), Probe):
             metrics = self._run(testbed, step.knobs[self.rules.rate], step.seed)
@@ -111,13 +132,15 @@ class Finder:
         return step.knobs[self.rules.rate]
 
     def _run(self, testbed: str, rate_rps: float, seed: int) -> Mapping[str, Scalar]:
+        backend = self.backend(testbed)
         smoke = self.figure.smoke.parameters if self.config.scale == "smoke" else {}
+        given = self.figure.on(backend).parameters
         trial = Trial(
             system=system_of(self.path),
             experiment=self.rules.experiment,
-            parameters={**self.figure.parameters, **smoke, **self.rules.parameters, self.rules.rate: rate_rps},
+            parameters={**given, **smoke, **self.rules.parameters, self.rules.rate: rate_rps},
             hardware=testbed,
-            backend=self.config.backend,
+            backend=backend,
             seed=self.config.seed + seed,
             datasets={name: found.path for name, found in self.datasets.items()},
         )
@@ -138,7 +161,9 @@ def rescaled(figure: FigureFile, factors: Path | None) -> FigureFile:
     if factors is None or figure.rescale is None:
         return figure
     moved, rates, search = read(factors), figure.rescale.rates, figure.search
-    levels = {name: _rescaled(factor, moved) if name in rates else factor for name, factor in figure.factors.items()}
+    times = {name: moved.latency_factor(metric) for metric, name in figure.limits_from.items()}
+    times |= dict.fromkeys(rates, moved.rate_factor)
+    levels = {name: _rescaled(factor, times[name]) if name in times else factor for name, factor in figure.factors.items()}
     fixed = {name: _times(value, moved.rate_factor) for name, value in figure.parameters.items() if name in rates}
     if search:
         limits = {name: _times(limit, moved.latency_factor(name)) for name, limit in search.limits.items()}
@@ -147,9 +172,9 @@ def rescaled(figure: FigureFile, factors: Path | None) -> FigureFile:
     return figure.model_copy(update={**told, "published": [], "claims": []})
 
 
-def _rescaled(factor: Factor, moved: Moved) -> Factor:
-    levels = [Level(value=_times(level.value, moved.rate_factor), set=level.set) for level in factor.levels]
-    smoke = None if factor.smoke is None else [_times(value, moved.rate_factor) for value in factor.smoke]
+def _rescaled(factor: Factor, times: float) -> Factor:
+    levels = [Level(value=_times(level.value, times), set=level.set) for level in factor.levels]
+    smoke = None if factor.smoke is None else [_times(value, times) for value in factor.smoke]
     return factor.model_copy(update={"levels": levels, "smoke": smoke})
 
 
@@ -187,6 +212,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     end_with_parent()
     figure, config, datasets = load_figure(args.figure), config_from_json(args.config_json), read_manifests(args.datasets)
+    if config.backend == "recorded":
+        reference = Reference.of(system_of(args.figure), args.figure.stem, config.testbed(figure.testbed))
+        write_atomically(args.out, reference.rescale.read_bytes())
+        return 0
     if figure.rescale is None:
         raise InputError(args.figure, "rescale", None, "say here how to rescale it")
     moved = Finder(args.figure, figure, figure.rescale, config, datasets, store_of(args.results, config, datasets)).find()

@@ -12,8 +12,9 @@ trials that still are the same). Two runs of one series wait for each other; a r
 from __future__ import annotations
 
 import argparse
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +23,16 @@ from harness.atomic import write_atomically
 from harness.code_version import code_version, executing_version, system_version
 from harness.config import Config, config_from_json
 from harness.figure_file import FigureFile, Point, load_figure, system_of
+from harness.hint import Hint, hint, saved
 from harness.leftovers import sweep
 from harness.manifest import Manifest, read_manifests
 from harness.orphans import end_with_parent
 from harness.progress import Progress
+from harness.reference import Reference
 from harness.rescale import note, rescaled
 from harness.rows import About, Row, write_rows
 from harness.runlock import waiting_for
-from harness.search import Answer, History, Probe, SearchSpace, Verdict, propose, violation
+from harness.search import Answer, Entry, History, Probe, SearchSpace, Verdict, propose, violation
 from harness.trials import STAND_IN, Ran, TrialStore, canonical, store_of
 from harness.validation import suggest
 from systems.registry import InputError, Scalar, Trial
@@ -46,6 +49,8 @@ class Job:
     datasets: Mapping[str, Manifest]
     store: TrialStore
     notes: tuple[str, ...] = ()
+    hints: dict[str, Hint] = field(default_factory=dict)
+    """On the measured backend, what the simulator found, by point."""
 
     @property
     def hardware(self) -> str:
@@ -60,6 +65,25 @@ class Job:
     def points(self) -> list[Point]:
         """The points of the series at this scale."""
         return self.figure.points(self.series, smoke=self.config.scale == "smoke")
+
+    def space_at(self, point: Point) -> SearchSpace:
+        """The space of the search at `point`: on the measured backend it starts where the simulator's search ends."""
+        space = self.figure.space(self.series, point.at) or self.space
+        if self.config.backend != "measured" or not space.knobs or "simulated" not in self.figure.backends:
+            return space
+        name = canonical(dict(point.at))
+        if name not in self.hints:
+            self.hints[name] = self._simulated(point, space)
+        return self.hints[name].on(space)
+
+    def _simulated(self, point: Point, space: SearchSpace) -> Hint:
+        """The same search at the same point on the simulator; nothing where it does not know the hardware."""
+        simulated = replace(self, config=self.config.model_copy(update={"backend": "simulated"}))
+        try:
+            return hint(space, lambda probe: _answer(simulated, space, probe, _run_trial(simulated, point, probe).metrics))
+        except InputError as error:
+            cli.say(f"no hint from the simulator: {error}")
+            return Hint(None, 0)
 
     def trial(self, point: Point, probe: Probe) -> Trial:
         """The trial that answers `probe` at `point`."""
@@ -78,6 +102,7 @@ class Job:
         checksums = {name: found.sha256 or STAND_IN for name, found in self.datasets.items()}
         told = {
             "search": self.space.model_dump(mode="json"),
+            **({"judging": [dict(self.figure.limits_from), self.figure.target_from]} if self.figure.judging else {}),
             "points": [{"at": dict(point.at), "parameters": dict(point.parameters)} for point in self.points()],
             "experiment": [system_of(self.path), self.figure.experiment, self.hardware, self.config.backend],
             "objective": self.figure.objective,
@@ -117,13 +142,14 @@ def _history(job: Job, out: Path) -> History:
 
 
 def _search(job: Job, point: Point, history: History, progress: Progress) -> Row:
-    answers = history.replay(point.at, job.space)
-    while isinstance(step := _propose(job, answers), Probe):
+    space = job.space_at(point)
+    answers = history.replay(point.at, space)
+    while isinstance(step := _propose(job, space, answers), Probe):
         ran = _run_trial(job, point, step)
-        answer = _answer(job, step, ran.metrics)
+        answer = _answer(job, space, step, ran.metrics)
         history.append(point.at, answer, ran.hash)
         answers.append(answer)
-        progress.probe(point.at, _best(job.space, answers))
+        progress.probe(point.at, _best(space, answers))
     progress.point(point.at, step.objective if step.feasible else None)
     return _row(job, point, step, len(answers))
 
@@ -133,18 +159,18 @@ def _run_trial(job: Job, point: Point, probe: Probe) -> Ran:
     return job.store.run(job.trial(point, probe), f"{job.path}: series {job.series}{f' at {at}' if at else ''}")
 
 
-def _propose(job: Job, answers: Sequence[Answer]) -> Probe | Verdict:
+def _propose(job: Job, space: SearchSpace, answers: Sequence[Answer]) -> Probe | Verdict:
     if job.figure.search:
-        return propose(job.space, answers)
+        return propose(space, answers)
     # nothing is sought, so nothing can be missed: what the one trial gives is the answer, whatever it is
     return Verdict("single trial", {}, answers[0].objective, answers[0]) if answers else Probe({}, 0)
 
 
-def _answer(job: Job, probe: Probe, metrics: Mapping[str, Scalar]) -> Answer:
+def _answer(job: Job, space: SearchSpace, probe: Probe, metrics: Mapping[str, Scalar]) -> Answer:
     return Answer(
         probe,
         objective=_number(job, metrics, job.figure.objective),
-        metrics={name: _number(job, metrics, name) for name in job.space.bounds},
+        metrics={name: _number(job, metrics, name) for name in space.bounds},
     )
 
 
@@ -182,7 +208,8 @@ def _row(job: Job, point: Point, verdict: Verdict, probes: int) -> Row:
 
 def about(job: Job, out: Path) -> About:
     """What stands behind the rows of `job`: everything that its trials, the rejected ones too, say of themselves."""
-    trials = sorted({entry.trial for entry in History(out.with_suffix(".history.jsonl")).entries()})
+    entries = History(out.with_suffix(".history.jsonl")).entries()
+    trials = sorted({entry.trial for entry in entries})
     found = [origin for origin in map(job.store.provenance, trials) if origin is not None]
     return About(
         hardware=[job.hardware],
@@ -192,9 +219,17 @@ def about(job: Job, out: Path) -> About:
         commits=sorted({_commit(origin) for origin in found}),
         datasets=sorted(name for name, manifest in job.datasets.items() if manifest.path),
         stand_ins=sorted(name for name, manifest in job.datasets.items() if not manifest.path),
-        notes=sorted({*job.notes, *(note for origin in found for note in origin["notes"])}),
+        notes=sorted({*job.notes, *(note for origin in found for note in origin["notes"]), *_spent(job, entries, found)}),
         trials=trials,
     )
+
+
+def _spent(job: Job, entries: Sequence[Entry], found: Sequence[Mapping[str, Any]]) -> list[str]:
+    """What measuring cost, and what the simulator's choice of where to begin saved."""
+    if job.config.backend != "measured":
+        return []
+    probes = Counter(canonical(dict(entry.point)) for entry in entries)
+    return [f"{job.series}: {saved(job.hints, probes, sum(origin['duration_s'] for origin in found))}"]
 
 
 def _commit(origin: Mapping[str, Any]) -> str:
@@ -203,14 +238,22 @@ def _commit(origin: Mapping[str, Any]) -> str:
 
 
 def _job(args: argparse.Namespace) -> Job:
-    figure = rescaled(load_figure(args.figure), args.rescale)
+    config = config_from_json(args.config_json)
+    figure = rescaled(load_figure(args.figure).on(config.backend), args.rescale)
     if args.series not in [series.name for series in figure.series]:
         mend = f"no such series{suggest(args.series, [series.name for series in figure.series])}"
         raise InputError(args.figure, "series", args.series, mend)
-    config = config_from_json(args.config_json)
     datasets = read_manifests(args.datasets)
     notes = note(args.rescale)
     return Job(args.figure, figure, args.series, config, datasets, store_of(args.results, config, datasets), notes)
+
+
+def _show(job: Job, out: Path) -> None:
+    """The series as it was recorded, with its history."""
+    reference = Reference.of(system_of(job.path), job.path.stem, job.hardware)
+    write_rows(out, *reference.rows(job.series, job.hardware))
+    if reference.history(job.series).is_file():
+        write_atomically(out.with_suffix(".history.jsonl"), reference.history(job.series).read_bytes())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -229,8 +272,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     with waiting_for(args.out.with_suffix(".lock"), cli.say):
         sweep(job.store.folder)
         sweep(args.out.parent)
-        rows = run(job, args.out)
-        write_rows(args.out, rows, about(job, args.out))
+        if job.config.backend == "recorded":
+            _show(job, args.out)
+        else:
+            rows = run(job, args.out)
+            write_rows(args.out, rows, about(job, args.out))
     return 0
 
 

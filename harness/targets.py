@@ -22,6 +22,7 @@ from harness.datasets import default_cache, load_registry, whereabouts
 from harness.dispatch.here import only_here
 from harness.figure_file import FigureFile, load_figure, system_of
 from harness.inventory import load_inventory
+from harness.reference import REFERENCE, Reference
 from systems.registry import SYSTEMS, InputError
 
 FIGURES = Path("figures")
@@ -42,7 +43,15 @@ TARGETS = frozenset(
     }
 )
 #: What of the harness decides how a series comes about; a change of it runs the series again, from the trials it has.
-SERIES_CODE = ("harness/series.py", "harness/figure_file.py", "harness/search", "harness/rows.py", "harness/rescale.py")
+SERIES_CODE = (
+    "harness/series.py",
+    "harness/figure_file.py",
+    "harness/search",
+    "harness/rows.py",
+    "harness/rescale.py",
+    "harness/hint.py",
+    "harness/reference.py",
+)
 DRAW_CODE = ("harness/draw.py", "figures/__init__.py", "figures/style.py", "figures/plots")
 
 
@@ -120,10 +129,24 @@ class Project:
         backends = figure.file.backends
         if self.config.backend not in backends:
             return InputError("config", "backend", self.config.backend, f"{figure.path} has {', '.join(backends)}")
-        if self.config.hardware != "paper" and not figure.file.rescale:
+        if self.config.backend == "recorded":
+            return self._not_recorded(figure)
+        if self.config.hardware != "paper" and not (figure.file.rescale or figure.file.portable):
             mend = f"{figure.path} does not say how to rescale: use paper, or add `rescale` to it"
             return InputError("config", "hardware", self.config.hardware, mend)
         return None
+
+    def reference(self, figure: Figure) -> Reference:
+        """Where measurements of `figure` on the configured hardware are recorded."""
+        return Reference.of(figure.system, figure.name, self.config.testbed(figure.file.testbed))
+
+    def _not_recorded(self, figure: Figure) -> InputError | None:
+        reference = self.reference(figure)
+        if reference.exists:
+            return None
+        there = sorted({path.parts[1] for path in REFERENCE.glob(f"*/{figure.system}/{figure.name}/table.csv")})
+        mend = f"{figure.path} is recorded on {', '.join(there) or 'nothing'}: use hardware=<gpu>x1 of these, or measure it"
+        return InputError("config", "hardware", self.config.hardware, mend)
 
     def wanted(self, *figures: Figure) -> Callable[[object], list[str]]:
         """An input function for the products of `figures`; it ends the process with one line if none can be made."""
@@ -131,7 +154,7 @@ class Project:
         def files(_wildcards: object) -> list[str]:
             obstacles = [self.obstacle(figure) for figure in figures]
             if obstacles and all(obstacles):
-                _refuse(obstacles[0])
+                refuse(obstacles[0])
             return self.products(figures)
 
         return files
@@ -143,13 +166,18 @@ class Project:
         return self._by_name[wildcards.system, wildcards.figure]
 
     def manifests(self, wildcards: Wildcards) -> list[str]:
-        """The manifests of the figure's datasets."""
+        """The manifests of the figure's datasets; what is recorded needs none."""
+        if self.config.backend == "recorded":
+            return []
         return [f"{self.config.results}/datasets/{name}.json" for name in self.figure(wildcards).file.datasets]
 
     def rescale(self, wildcards: Wildcards) -> list[str]:
         """The factors by which the figure moves to other hardware; none on the paper's own."""
+        if self.config.backend == "recorded" and not self.reference(self.figure(wildcards)).rescale.is_file():
+            return []
         folder = f"{self.run}/{wildcards.system}/{wildcards.figure}"
-        return [] if self.config.hardware == "paper" else [f"{folder}/rescale.json"]
+        moves = self.config.hardware != "paper" and not self.figure(wildcards).file.portable
+        return [f"{folder}/rescale.json"] if moves else []
 
     def series(self, wildcards: Wildcards) -> list[str]:
         """The parquet files of all series of the figure, in the order of the figure file."""
@@ -162,6 +190,8 @@ class Project:
 
     def series_code(self, wildcards: Wildcards) -> str:
         """The version of the code that decides what a series gives."""
+        if self.config.backend == "recorded":
+            return self.reference(self.figure(wildcards)).version()[:16] + code_version(*SERIES_CODE)[:16]
         executing = "".join(executing_version(self.config.backend))
         return system_version(wildcards.system)[:16] + code_version(*SERIES_CODE)[:16] + executing[:16]
 
@@ -228,7 +258,7 @@ def load(overrides: Mapping[str, Any]) -> Project:
         _check_names(project.figures)
         _check_inventory(Path(project.config.inventory))
     except InputError as error:
-        _refuse(error)
+        refuse(error)
     return project
 
 
@@ -254,7 +284,8 @@ def _check_inventory(path: Path) -> None:
         load_inventory(path)
 
 
-def _refuse(error: InputError | None) -> NoReturn:
+def refuse(error: InputError | None) -> NoReturn:
+    """End the process with the error's one line."""
     cli.say(str(error))
     raise SystemExit(cli.UNUSABLE)
 

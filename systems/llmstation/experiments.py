@@ -19,6 +19,7 @@ from systems.common.hardware.interference_table import read_interference
 from systems.common.metrics import summarise
 from systems.common.models import ModelShape, model
 from systems.common.workloads.build import build
+from systems.llmstation.adapters import AdapterLimited, iteration_s
 from systems.llmstation.baselines.chunked import Chunked
 from systems.llmstation.baselines.fineinfer import FineInfer
 from systems.llmstation.baselines.inference_only import InferenceOnly
@@ -26,9 +27,11 @@ from systems.llmstation.baselines.mps import Mps
 from systems.llmstation.modes import FeedbackMode, FixedMode, PlannerMode
 from systems.llmstation.simulated import ExclusiveTuning, FeedbackTuning, PlannedTuning, SteadyTuning
 from systems.llmstation.tasklets import TuningJob
-from systems.llmstation.tuning_cost import Layers, sharded_job, shared_job
+from systems.llmstation.tuning_cost import Layers, precise_chunks_s, sharded_job, shared_job
 
 SHARED_UTILISATION = 0.75
+WORKLOAD_KEYS = ("rate_rps", "seconds", "requests", "adapters", "adapter_pattern")
+"""What of the workload factors and constants of a figure may set."""
 METRICS = (
     "ttft_mean_s", "ttft_p50_s", "ttft_p99_s", "tpot_mean_s", "tpot_p50_s", "tpot_p99_s", "e2e_p99_s",
     "requests", "finished", "preemptions", "output_tokens_per_s", "duration_s",
@@ -54,7 +57,9 @@ class Bench:
         measured = trial.datasets.get("corun_slowdowns")
         interference = AnalyticInterference() if measured is None else read_interference(measured)
         layers = Layers.of(priced, shape, testbed.count)
-        return cls(trial.parameters, shape, testbed, layers, IterationCost(priced, shape), interference)
+        adapters = min(_whole(trial, "adapters", 0), _whole(trial, "max_loras", 4))
+        overhead_s = iteration_s(shape, testbed, _whole(trial, "rank", 8), adapters) if adapters else 0.0
+        return cls(trial.parameters, shape, testbed, layers, IterationCost(priced, shape, overhead_s), interference)
 
     def number(self, key: str) -> float:
         """The parameter or knob `key`. Raises InputError when it is missing or no number."""
@@ -78,6 +83,14 @@ class Bench:
     def whole_layers(self) -> Layers:
         """Prices of undivided layers, for tuners that shard instead of splitting."""
         return Layers.of(costs(self.shape, self.testbed, 1), self.shape, 1)
+
+
+def _whole(trial: Trial, key: str, default: int) -> int:
+    """The whole number `key`. Raises InputError when it is something else."""
+    value = trial.parameters.get(key, default)
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise InputError("llmstation", key, value, "give a whole number of at least 0")
+    return value
 
 
 Built = tuple[SimulatedExecutor, float]
@@ -142,19 +155,21 @@ def _workload(trial: Trial) -> Mapping[str, object]:
     declared = trial.parameters.get("workload")
     if not isinstance(declared, Mapping):
         raise InputError("llmstation", "workload", declared, "give a mapping, see docs/workloads.md")
-    given = {key: trial.parameters[key] for key in ("rate_rps", "seconds", "requests") if key in trial.parameters}
-    return {**declared, **given}
+    return {**declared, **{key: trial.parameters[key] for key in WORKLOAD_KEYS if key in trial.parameters}}
 
 
 def colocation(trial: Trial) -> Outcome:
     """Serve a workload while tuning shares the GPUs; both sides' numbers.
 
     Parameters: `model`, `policy` (a key of `POLICIES`), that policy's knob, `workload`, and optionally `tuning_tokens`,
-    `rank`, `mode`, `fused`, `tuning_slowdown`, `max_num_batched_tokens`, `max_num_seqs`. Only the simulated backend
-    exists so far.
+    `rank`, `adapters` and `max_loras` (served), `mode`, `fused`, `tuning_slowdown`, `max_num_batched_tokens`,
+    `max_num_seqs`. On the measured backend also `kv_blocks` and `tuning_sms`; there nothing is fused, and
+    `tuning_slowdown` means nothing.
     """
-    if trial.backend != "simulated":
-        raise InputError("llmstation", "backend", trial.backend, "colocation runs on the simulated backend so far")
+    if trial.backend == "measured":
+        from systems.llmstation import measured  # imports torch
+
+        return measured.colocation(trial, METRICS)
     bench = Bench.of(trial)
     policy = str(trial.parameters.get("policy"))
     if policy not in POLICIES:
@@ -168,7 +183,8 @@ def colocation(trial: Trial) -> Outcome:
         watermark=0.01,
     )
     workload = build(_workload(trial), trial.datasets, trial.seed)
-    engine = Engine(config, executor)
+    limited = AdapterLimited(_whole(trial, "max_loras", 4)) if "adapters" in trial.parameters else None
+    engine = Engine(config, executor, limited)
     if isinstance(executor, FeedbackTuning):
         executor.watch(engine)
     records = to_records(serve(engine, workload.requests))
@@ -183,4 +199,39 @@ def colocation(trial: Trial) -> Outcome:
     return Outcome(metrics, records.columns(), tuple(notes))
 
 
-EXPERIMENTS: Mapping[str, Callable[[Trial], Outcome]] = {"colocation": colocation}
+def chunked_cost(trial: Trial) -> Outcome:
+    """One sample trained precisely in chunks (Figure 4): `sample_s`, and `times_whole`, how many times the whole sequence's.
+
+    Parameters: `model`, `tuning_tokens`, `chunk_tokens`.
+    """
+    if trial.backend == "measured":
+        from systems.llmstation import training_cost  # imports torch
+
+        return training_cost.chunked_cost(trial)
+    bench = Bench.of(trial)
+    tokens, chunk = bench.tuned_tokens(), int(bench.number("chunk_tokens"))
+    if chunk < 1:
+        raise InputError("llmstation", "chunk_tokens", chunk, "give at least 1 token")
+    whole_s, chunked_s = (precise_chunks_s(bench.layers, tokens, size) for size in (tokens, chunk))
+    return Outcome(
+        {"sample_s": chunked_s, "whole_s": whole_s, "times_whole": chunked_s / whole_s}, notes=(bench.cost.costs.source,)
+    )
+
+
+def suspension(trial: Trial) -> Outcome:
+    """What suspending a sample costs (Figure 12); measured only, for a simulator would give back what it was told.
+
+    Parameters: `model`, `tuning_tokens`, `suspends`.
+    """
+    if trial.backend != "measured":
+        raise InputError("llmstation", "backend", trial.backend, "this one is measured only: use backend=measured")
+    from systems.llmstation import training_cost  # imports torch
+
+    return training_cost.suspension(trial)
+
+
+EXPERIMENTS: Mapping[str, Callable[[Trial], Outcome]] = {
+    "chunked_cost": chunked_cost,
+    "colocation": colocation,
+    "suspension": suspension,
+}

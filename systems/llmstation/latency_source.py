@@ -72,6 +72,19 @@ class LatencySource:
         self.answers["regression"] += 1
         return self._regression.predict(situation)
 
-    def record(self, situation: Situation, measured: CoRunLatencies) -> None:
-        """Remember what an iteration really took."""
+    def record(self, situation: Situation, measured: CoRunLatencies, weight: float = 1.0) -> None:
+        """Remember what an iteration really took; with a `weight` below 1 as the newest part of a running mean."""
+        if weight < 1 and (before := self._record.get(situation)) is not None:
+            measured = before.towards(measured, weight)
         self._record[situation] = measured
+
+    def adopt_record(self) -> None:
+        """Make what this run has measured so far the profile, with the regression fitted on it, and begin a new record."""
+        self._profile = {**self._profile, **self._record}
+        self._record = {}
+        self._regression = LinearRegression(self._profile)
+
+    @property
+    def profile(self) -> Mapping[Situation, CoRunLatencies]:
+        """The offline table."""
+        return self._profile

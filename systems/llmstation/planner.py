@@ -23,6 +23,15 @@ class CoRunLatencies:
     decode_s: float
     tuning_s: float
 
+    def towards(self, other: CoRunLatencies, weight: float) -> CoRunLatencies:
+        """The weighted mean, `weight` of it `other`."""
+        keep = 1 - weight
+        return CoRunLatencies(
+            keep * self.decode_alone_s + weight * other.decode_alone_s,
+            keep * self.decode_s + weight * other.decode_s,
+            keep * self.tuning_s + weight * other.tuning_s,
+        )
+
 
 def overlapped_s(latencies: CoRunLatencies, decode_tasklets: int, tuning_tasklets: int) -> float:
     """T of the module's formula: how long the iteration takes with `tuning_tasklets` beside it.

@@ -36,5 +36,21 @@ class FineInfer:
         open_until_s = arrival_s + self.defer_s
         samples = max(0, math.ceil((open_until_s - idle_from_s) / sample_s))
         end_s = idle_from_s + samples * sample_s
-        polls = max(0, math.ceil((end_s - open_until_s) / POLL_S - 1e-9))
-        return samples, max(open_until_s, open_until_s + polls * POLL_S)
+        return samples, self._next_poll_s(arrival_s, end_s)
+
+    def look_again_s(self, arrival_s: float, now_s: float, busy: bool) -> float:
+        """When an idle engine that got a prompt at `arrival_s` looks again; not after `now_s` when it may start.
+
+        The same rule as `window`, step by step: it sleeps for `defer_s`, then polls while a sample is under way (`busy`).
+        """
+        open_until_s = arrival_s + self.defer_s
+        if now_s < open_until_s:
+            return open_until_s
+        if not busy:
+            return now_s
+        return self._next_poll_s(arrival_s, now_s + 1e-6)
+
+    def _next_poll_s(self, arrival_s: float, at_s: float) -> float:
+        """The first poll not before `at_s`: the end of the wait, or some 5 ms later."""
+        open_until_s = arrival_s + self.defer_s
+        return open_until_s + max(0, math.ceil((at_s - open_until_s) / POLL_S - 1e-9)) * POLL_S

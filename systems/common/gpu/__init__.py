@@ -1,0 +1,1 @@
+"""What NVIDIA GPUs offer beside kernels: `mps` (the Multi-Process Service) and `green` (streams on some of the SMs)."""

@@ -1,0 +1,1 @@
+"""Triton kernels of tuning, one idea per file: what serving's kernels leave out, above all the backward ones."""
