@@ -19,8 +19,11 @@ if TYPE_CHECKING:
 
 #: Plot kind to module. Modules are imported when drawn, so that reading a figure file does not load matplotlib.
 KINDS: Mapping[str, str] = {
+    "boxes": "figures.plots.boxes",
+    "errors": "figures.plots.errors",
     "grouped_bars": "figures.plots.grouped_bars",
     "lines": "figures.plots.lines",
+    "panels": "figures.plots.panels",
     "table": "figures.plots.table",
     "search_trace": "figures.plots.search_trace",
 }

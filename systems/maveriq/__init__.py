@@ -1,1 +1,1 @@
-"""MaverIQ (SC '25): deploying LLMs by stated intent. Not built yet: README.md says what will be here."""
+"""MaverIQ (SC '25): deploying LLMs by stated intent. README.md is the paper in a page and the map of this package."""

@@ -1,9 +1,11 @@
-"""What a trial of each figure of this system means: nothing so far, as the system is not built yet (README.md)."""
+"""What a trial of each figure of this system means: the estimator's figures and the serving figures."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
 from systems.common.core import Outcome, Trial
+from systems.maveriq.experiments_estimator import ESTIMATOR_EXPERIMENTS
+from systems.maveriq.experiments_serving import SERVING_EXPERIMENTS
 
-EXPERIMENTS: Mapping[str, Callable[[Trial], Outcome]] = {}
+EXPERIMENTS: Mapping[str, Callable[[Trial], Outcome]] = {**ESTIMATOR_EXPERIMENTS, **SERVING_EXPERIMENTS}
