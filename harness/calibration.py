@@ -7,7 +7,7 @@ Measurements live under `reference/<gpu>/`: `calibrated/<model>/` as `systems.co
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -38,6 +38,16 @@ def calibrations(config: Config, refuse: Callable[[InputError], object]) -> Call
         return [f"{config.results}/calibrated/{gpu}/{MODEL}/meta.yaml"]
 
     return files
+
+
+def folder(_wildcards: Wildcards, output: Sequence[str]) -> str:
+    """The folder of a calibration."""
+    return str(Path(output[0]).parent)
+
+
+def gpu_model(wildcards: Wildcards) -> str:
+    """Which GPU a calibration must run on."""
+    return wildcards.gpu
 
 
 def measured_runs(wildcards: Wildcards) -> list[str]:

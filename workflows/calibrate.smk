@@ -4,17 +4,17 @@
 # On the machine that has the GPU: here, or where the Slurm profile sends it. `--config hardware=` says which GPU it is.
 rule measure_operators:
     output:
-        meta="<results>/calibrated/{gpu}/{model}/meta.yaml",
+        "<results>/calibrated/{gpu}/{model}/meta.yaml",
     log:
         "<results>/calibrated/{gpu}/{model}.log",
     conda:
         "envs/fivefold.yaml"
     resources:
         gpu=1,
-        gpu_model=lambda wildcards: wildcards.gpu,
+        gpu_model=calibration.gpu_model,
     params:
         commit=calibration.commit_name,
-        folder=lambda wildcards, output: output.meta.removesuffix("/meta.yaml"),
+        folder=calibration.folder,
     shell:
         "python -m systems.common.calibrate --model {wildcards.model:q} --gpu {wildcards.gpu:q}"
         " --commit {params.commit:q} --out {params.folder:q} 2> >(tee {log:q} >&2)"

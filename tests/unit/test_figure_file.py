@@ -113,7 +113,7 @@ def test_a_space_is_the_rules_and_the_knobs_of_its_series() -> None:
         ("series.1.name", "ours", "f: series: 'ours': is there twice"),
         ("series.1.name", "../x", "f: series.1.name: '../x': use text of the pattern"),
         ("series", [], "f: series: []: "),
-        ("plot.kind", "pie", "f: plot.kind: 'pie': unknown kind of plot, use one of grouped_bars"),
+        ("plot.kind", "pie", "f: plot.kind: 'pie': unknown kind of plot, use one of boxes, errors, grouped_bars"),
         ("plot.colour", "red", "f: plot.colour: 'red': unknown key"),
         ("testbed", "h100", "f: testbed: 'h100': write <gpu>x<how many>"),
         ("backends", ["gpu"], "f: backends.0: 'gpu': unknown value, use one of simulated"),

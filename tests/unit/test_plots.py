@@ -39,7 +39,21 @@ PROBES = pd.DataFrame(
         "chosen": [False, True, False, True, False, False],
     }
 )
+BOXES = BARS.assign(**{f"e2e_p{share}_s": [share * n for n in (1.0, 2, 3, 2, 4, 6)] for share in (5, 25, 50, 75, 95)})
+PANELS = pd.concat([BARS.assign(trace=name) for name in ("code", "conversation")])[["series", "rate_rps", "trace", "peft"]]
+ERRORS = pd.DataFrame(
+    [
+        {"series": s, "workload": w, "metric": m, "statistic": p, "error": 0.01 * len(w), "aim": 0.02 if m == "e2e" else np.nan}
+        for s in ("ours", "mps") for w in ("steady", "bursty") for m in ("ttft", "e2e") for p in ("p50", "p90", "p99")
+    ]
+)  # fmt: skip
 CASES = {
+    "boxes": (BOXES, {"y": "e2e_p50_s", "published": [{"series": "ours", "at": {"rate_rps": 1}, "value": 90}]}),
+    "errors": (ERRORS, {"metrics": {"ttft": "TTFT", "e2e": "E2E"}}),
+    "panels": (
+        PANELS,
+        {"panel": "trace", "published": [{"series": "ours", "at": {"rate_rps": 1, "trace": "code"}, "value": 2}]},
+    ),
     "grouped_bars": (BARS, {"published": [{"series": "ours", "at": {"rate_rps": 1}, "value": 2.2}]}),
     "lines": (BARS, {"title": "Llama-3.1-8B", "published": [{"series": "ours", "at": {"rate_rps": 1}, "value": 2.2}]}),
     "table": (BARS, {}),
@@ -160,7 +174,8 @@ def test_the_search_shows_which_probes_break_a_limit(tmp_path):
 @pytest.mark.parametrize("kind", figures.KINDS)
 def test_nothing_sticks_out_overlaps_or_is_too_small(kind, width, title):
     """Every text keeps to the page, and legend, title, panels and footer keep clear of each other."""
-    figure = drawn(kind, CASES[kind][0], width=width)
+    table, more = CASES[kind]
+    figure = drawn(kind, table, **{**more, "title": "", "width": width})
     assert figure.get_figwidth() == style.WIDTHS_IN["page" if kind == "search_trace" else width]
     with style.context():
         style.frame(figure, title, PLOT["footer"] * 2)
@@ -207,7 +222,7 @@ def test_a_cdf_never_counts_what_did_not_finish():
 @pytest.mark.parametrize(
     ("kind", "changes", "message"),
     [
-        ("pie", {}, r"plot\.kind: 'pie': use one of grouped_bars"),
+        ("pie", {}, r"plot\.kind: 'pie': use one of boxes, errors, grouped_bars"),
         ("grouped_bars", {"y": "goodput"}, "column 'goodput' is missing"),
         ("grouped_bars", {"x": None}, r"plot\.x: missing"),
         ("grouped_bars", {"series": SERIES[:1]}, "the table also has mps"),
