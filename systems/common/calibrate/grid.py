@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from systems.common.torch_engine.graphs import MIXED_ROWS, MIXED_TOKENS, buckets
+from systems.common.torch_engine.graphs import MIXED_ROWS, buckets
 
 AttentionPoint = tuple[int, int, int, int]
 
@@ -77,7 +77,7 @@ def full(cached_tokens: int, max_num_seqs: int = 512) -> Grid:
         mixed_decodes=(1, 16, 64, 128, 256),
         mixed_contexts=(128, 512, 2048),
         step_rows=MIXED_ROWS,
-        step_chunks=(*MIXED_TOKENS, 1536, 2048, 3072, 4096, 8192),
+        step_chunks=(32, 64, 128, 192, 256, 384, 512, 640, 768, 1024, 1536, 2048, 4096),
         step_context=512,
         check_rows=(1, 3, 8, 32, 50, 128, 200, 256),
         check_contexts=(300, 700, 1500),
