@@ -1,0 +1,143 @@
+# mypy: disable-error-code="no-untyped-call, no-any-return"
+"""Adapters on the device, by slot, and three ways to apply a batch whose requests use different ones.
+
+* `einsum`: the artifact's (sheet, 2.3): products with every resident adapter, masked by who uses it. Its cost grows with the
+  adapters resident.
+* `bmm`: each token's own matrices gathered, then batched products (BGMV-like).
+* `grouped`: kernels that read the matrices of the adapters in the batch where they lie (SGMV-like); on a GPU only.
+
+Slot 0 is no adapter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from systems.common.errors import InputError
+from systems.common.models import ModelShape
+from systems.common.torch_engine import lora
+from systems.common.torch_engine.attention import Chunks
+from systems.common.torch_engine.kernels import row_lora, triton_guard
+from systems.common.torch_engine.lora import MODULES, Adapter, AdapterBank
+from systems.dlora.lora_engine.adapters import HostAdapter
+
+SITES = tuple(MODULES)
+"""dLoRA adapts every product of a layer (sheet, 2.2)."""
+
+
+class SlotBank(AdapterBank):
+    """Room for `capacity` adapters of up to `rank` in slots 1 to `capacity`.
+
+    Attributes:
+        awaited: per adapter that the coming step needs and that still arrives, an event per layer, for which it waits.
+    """
+
+    def __init__(
+        self, shape: ModelShape, capacity: int, rank: int, slots: int, sites: tuple[str, ...] = SITES,
+        device: torch.device | str = "cpu", backend: str = "auto", beside: bool = True,
+    ) -> None:  # fmt: skip
+        """`slots`: sequences that run at once. `beside`: the grouped kernels' first half on a stream beside the product.
+
+        Raises:
+            InputError: there is no back end of that name, or it needs a GPU.
+        """
+        on_gpu = torch.device(device).type == "cuda"
+        name = ("grouped" if on_gpu else "bmm") if backend == "auto" else backend
+        if name not in BACKENDS:
+            raise InputError("lora engine", "backend", backend, f"use auto or one of {', '.join(BACKENDS)}")
+        if name == "grouped" and not triton_guard.AVAILABLE:
+            raise InputError("lora engine", "backend", backend, "its kernels need Triton: use bmm or einsum here")
+        super().__init__(shape, capacity, rank, slots, sites, device, "bmm")
+        self.backend, self.awaited = name, list[list[Any]]()
+        self._call = BACKENDS[name]
+        self._side = torch.cuda.Stream() if on_gpu and beside and name == "grouped" else None
+        parts = max(len(self.ends[site]) for site in sites)
+        self._low = torch.zeros(
+            (slots + 1) * row_lora.SPLITS * parts * self.rank if name == "grouped" else 0, dtype=torch.float32, device=device
+        )
+        self.turned: dict[str, Tensor] = {}
+        """For `einsum`, as in the artifact: B as [layers, slots, rank, outputs]."""
+        if name == "einsum":
+            self.turned = {site: self.b[site].transpose(2, 3).contiguous() for site in sites}
+
+    # ---- filling
+
+    def copy_layer(self, slot: int, adapter: HostAdapter, layer: int) -> None:
+        """Copy one layer of `adapter` into `slot` on the current stream."""
+        for site in self.sites:
+            self.a[site][layer, slot].copy_(adapter.a[site][layer], non_blocking=True)
+            self.b[site][layer, slot].copy_(adapter.b[site][layer], non_blocking=True)
+            if self.turned:
+                self.turned[site][layer, slot].copy_(self.b[site][layer, slot].T)
+
+    def _copy(self, place: int, adapter: Adapter, known: Mapping[str, tuple[str, int]]) -> None:
+        super()._copy(place, adapter, known)
+        for site, turned in self.turned.items():
+            turned[:, place] = self.b[site][:, place].transpose(1, 2)
+
+    # ---- applying
+
+    def before(self, x: Tensor, layer: int, site: str, slots: Tensor, chunks: Chunks | None) -> None:
+        """Wait for adapters that are still arriving in this layer; start what can run beside the layer's product."""
+        if self.awaited and site == self.sites[0]:
+            for events in self.awaited:
+                torch.cuda.current_stream().wait_event(events[layer])
+        if self._side is not None and chunks is None and site in self.sites:
+            self._side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self._side):
+                row_lora.shrink(x, self.a[site][layer], self.low(len(x), site), self.of_slot, slots)
+
+    def add(self, y: Tensor, x: Tensor, layer: int, site: str, slots: Tensor, chunks: Chunks | None) -> None:
+        """Add the adapters' part of a site to its output `y` in place: decoding rows of `slots` first, then `chunks`."""
+        if site in self.sites:
+            self._call(self, y, x, layer, site, slots, chunks)
+
+    def low(self, rows: int, site: str) -> Tensor:
+        """Where the grouped kernels keep the low-rank products of `rows` rows."""
+        size = (rows, row_lora.SPLITS, len(self.ends[site]), self.rank)
+        return self._low[: torch.Size(size).numel()].view(size)
+
+    def expand(self, y: Tensor, x: Tensor, layer: int, site: str, slots: Tensor, ready: bool) -> None:
+        """The grouped kernels on decoding rows; `ready`: their first half is on its way beside."""
+        low = self.low(len(x), site)
+        if not ready:
+            row_lora.shrink(x, self.a[site][layer], low, self.of_slot, slots)
+        elif self._side is not None:
+            torch.cuda.current_stream().wait_stream(self._side)
+        row_lora.expand(y, low, self.b[site][layer], self.ends[site], self.of_slot, slots)
+
+    @property
+    def runs_beside(self) -> bool:
+        """Whether decode steps start the grouped kernels' first half beside the product."""
+        return self._side is not None
+
+
+def _einsum(bank: SlotBank, y: Tensor, x: Tensor, layer: int, site: str, slots: Tensor, chunks: Chunks | None) -> None:
+    mine = bank.of_slot[slots if chunks is None else torch.cat([slots, chunks.slots.long()])]
+    a, b, ends = bank.a[site][layer], bank.turned[site][layer], bank.ends[site]
+    places = torch.arange(len(a), device=x.device)
+    mask = ((mine[:, None] == places) & (places > 0)).to(x.dtype)
+    low = torch.einsum("ti,spi->tsp", x, a) * mask[:, :, None]
+    low = low.unflatten(2, (len(ends), -1))
+    for part, (begin, end) in enumerate(zip((0, *ends), ends, strict=False)):
+        y[:, begin:end] += torch.einsum("tsr,sro->to", low[:, :, part], b[:, :, begin:end])
+
+
+def _bmm(bank: SlotBank, y: Tensor, x: Tensor, layer: int, site: str, slots: Tensor, chunks: Chunks | None) -> None:
+    lora.BACKENDS["bmm"](y, x, bank.a[site][layer], bank.b[site][layer], bank.ends[site], bank.of_slot, slots, chunks)
+
+
+def _grouped(bank: SlotBank, y: Tensor, x: Tensor, layer: int, site: str, slots: Tensor, chunks: Chunks | None) -> None:
+    rows = len(slots)
+    if rows:
+        bank.expand(y[:rows], x[:rows], layer, site, slots, ready=chunks is None and bank.runs_beside)
+    if chunks is not None:
+        where = (bank.a[site][layer], bank.b[site][layer], bank.ends[site], bank.of_slot)
+        lora.BACKENDS["triton"](y[rows:], x[rows:], *where, slots[:0], chunks)
+
+
+BACKENDS: Mapping[str, Callable[..., None]] = {"einsum": _einsum, "bmm": _bmm, "grouped": _grouped}
