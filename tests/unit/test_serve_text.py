@@ -169,3 +169,20 @@ def test_tokens_after_a_stop_string_do_not_count() -> None:
 def test_a_stop_string_among_the_first_tokens_is_spared() -> None:
     answer = Answer(Detokenizer(decode), ["x"], min_tokens=3)
     assert answer.push(list(b"axbxc")) == "axb" and answer.stopped
+
+
+@given(st.lists(st.sampled_from([0x80, 0xE2, 0x82, 0xAC, 0xF0, 0x9F, 0x99, 0x82, 0x61]), max_size=400), places)
+def test_long_runs_of_broken_bytes_are_the_same_text(ids: list[int], where: list[int]) -> None:
+    assert through(decode, cut(ids, where)) == decode(ids)
+
+
+def test_a_token_costs_the_same_however_long_nothing_but_holes_have_come() -> None:
+    decoded = 0
+
+    def counting(ids: list[int]) -> str:
+        nonlocal decoded
+        decoded += len(ids)
+        return decode(ids)
+
+    assert through(counting, [[0x80]] * 5000) == "\ufffd" * 5000
+    assert decoded < 5000 * 100

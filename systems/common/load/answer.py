@@ -14,6 +14,8 @@ from typing import Any
 from systems.common.load.wire import BadResponseError, EventReader
 
 DONE = b"[DONE]"
+MOST_TOKENS = 10_000_000
+"""A server that counts more in one request is not believed."""
 MOST_TEXT = 300
 """Characters of an error message that are kept."""
 
@@ -104,7 +106,7 @@ class Answer:
             if "error" in event or event.get("object") == "error":
                 raise ServerError("server-error", message(data))
             self._count(now_s, event)
-        except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, IndexError, RecursionError, OverflowError) as error:
             raise BadResponseError(f"not an event of a completion: {data[:80]!r}") from error
 
     def _count(self, now_s: float, event: Mapping[str, Any]) -> None:
@@ -112,7 +114,7 @@ class Answer:
         ending = choice.get("finish_reason") is not None
         usage = event.get("usage")
         if usage:
-            self.prompt_tokens, self.completion_tokens = int(usage["prompt_tokens"]), int(usage["completion_tokens"])
+            self.prompt_tokens, self.completion_tokens = _number(usage["prompt_tokens"]), _number(usage["completion_tokens"])
         if not choice:
             return
         new = self.completion_tokens - self._counted if usage and self.completion_tokens is not None else _guess(choice, ending)
@@ -121,6 +123,13 @@ class Answer:
             self.events += 1
             self._counted += new
         self.finished = self.finished or ending
+
+
+def _number(said: Any) -> int:  # noqa: ANN401 - from JSON
+    number = int(said)
+    if not 0 <= number <= MOST_TOKENS:
+        raise ValueError
+    return number
 
 
 def _guess(choice: Mapping[str, Any], ending: bool) -> int:

@@ -55,7 +55,7 @@ async def models(client: Client, api: Api) -> list[str] | None:
         raise InputError("load", "--api-key", given, f"the server answers HTTP {page.status} ({said}): give the right one")
     try:
         return [str(entry["id"]) for entry in json.loads(page.content)["data"]] if page.status == 200 else None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

@@ -165,7 +165,7 @@ def extra(text: str) -> Mapping[str, object]:
     """The fields that --extra adds. Raises InputError unless it is a JSON object."""
     try:
         found = json.loads(text)
-    except ValueError:
+    except (ValueError, RecursionError):
         found = None
     if not isinstance(found, dict):
         raise InputError("load", "--extra", text, "give a JSON object")

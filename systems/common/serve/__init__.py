@@ -10,5 +10,5 @@ Rooms, in reading order:
 * `http`: just enough of ASGI. `protocol`: bodies of requests, checked; `answers`: bodies of answers.
 * `answering`: from a request to jobs; `delivery`: from their streams to the answer, in one or in pieces.
 * `served`: the model's name, its tokenizer, its adapters and who uses them. `metrics`: counters as Prometheus text.
-* `app`: the paths. `server`: socket, signals, drain, exit code.
+* `app`: the paths. `silence`: connections that never ask. `server`: socket, signals, drain, exit code.
 """

@@ -13,13 +13,17 @@ from systems.common.serve.answers import Style
 from systems.common.serve.delivery import Part, pieces, whole
 from systems.common.serve.http import Exchange, HttpError
 from systems.common.serve.messages import Job
-from systems.common.serve.protocol import Chat, Common, Completion, read
+from systems.common.serve.protocol import Chat, Common, Completion, brief, read
 from systems.common.serve.served import Model
 from systems.common.serve.streams import Stream, Streams
 from systems.common.serve.text import Answer, Detokenizer
 
 LONG_TEXT = 20_000
 """Characters from which a prompt is tokenised in another thread, so that streams do not wait for it."""
+LEAST_TEMPERATURE = 1e-5
+"""Below it the likeliest token is taken: logits divided by less are no float32 any more."""
+LEAST_TOP_P = 1e-6
+"""The device computes in float32, where a smaller share could be none at all."""
 DEFAULT_TOKENS = 16
 """Length of a completion that asks for none, as OpenAI's API has it."""
 
@@ -41,8 +45,11 @@ class Answering:
         """Answer `/v1/chat/completions`. Raises as `completions` does."""
         wanted = read(await exchange.body(), Chat)
         adapter = self._adapter(wanted.model)
+        messages = [message.plain for message in wanted.messages]
+        write = self._model.tokenizer.chat
         try:
-            prompt = self._model.tokenizer.chat([message.plain for message in wanted.messages])
+            long = sum(len(message["content"]) for message in messages) > LONG_TEXT
+            prompt = await asyncio.to_thread(write, messages) if long else write(messages)
         except ValueError as error:
             raise HttpError(400, str(error), "messages") from error
         most = wanted.max_completion_tokens or wanted.max_tokens or max(1, self._room(len(prompt)))
@@ -63,7 +70,7 @@ class Answering:
             return None
         if model not in self._model.adapters.names:
             known = ", ".join([self._model.name, *self._model.adapters.names])
-            raise HttpError(404, f"the model {model!r} does not exist here: there are {known}", "model", "model_not_found")
+            raise HttpError(404, f"the model {brief(model)} does not exist here: there are {known}", "model", "model_not_found")
         return model
 
     async def _encode(self, text: str) -> list[int]:
@@ -78,12 +85,14 @@ class Answering:
         vocab = self._streams.ready.vocab
         for prompt in prompts:
             if (top := max(prompt)) >= vocab:
-                raise HttpError(400, f"prompt: token {top} is none of the model's {vocab}", "prompt")
+                raise HttpError(400, f"prompt: token {brief(top)} is none of the model's {vocab}", "prompt")
             try:
                 self._streams.check(len(prompt), most)
             except InputError as error:
                 field = "prompt" if self._room(len(prompt)) < 1 else "max_tokens"
-                raise HttpError(400, f"{field}: prompt of {len(prompt)} tokens, max_tokens {most}: {error}", field) from error
+                raise HttpError(
+                    400, f"{field}: prompt of {len(prompt)} tokens, max_tokens {brief(most)}: {error}", field
+                ) from error
         if wanted.min_tokens > most:
             raise HttpError(400, f"min_tokens: {wanted.min_tokens} is more than max_tokens ({most})", "min_tokens")
         if "" in wanted.stops:
@@ -100,7 +109,8 @@ class Answering:
         if not wanted.ignore_eos:
             stops |= self._model.tokenizer.stop_tokens
 
-        temperature, top_p = _or(wanted.temperature, 1.0), _or(wanted.top_p, 1.0)
+        temperature, top_p = _or(wanted.temperature, 1.0), max(_or(wanted.top_p, 1.0), LEAST_TOP_P)
+        temperature = temperature if temperature >= LEAST_TEMPERATURE else 0.0
         seed = (wanted.seed or 0, wanted.seed is not None)
 
         def submit(prompt: list[int]) -> Stream:

@@ -7,13 +7,14 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 from systems.common.errors import InputError
 from systems.common.serve.answering import Answering
 from systems.common.serve.delivery import as_http
 from systems.common.serve.http import Exchange, HttpError, Receive, Scope, Send
 from systems.common.serve.metrics import Metrics
-from systems.common.serve.protocol import AdapterFolder, read
+from systems.common.serve.protocol import AdapterFolder, brief, read
 from systems.common.serve.served import Model
 from systems.common.serve.streams import EngineDiedError, Streams
 
@@ -23,7 +24,6 @@ class App:
 
     Attributes:
         draining: no new work is taken.
-        busy: requests that are being answered.
     """
 
     def __init__(self, model: Model, streams: Streams, metrics: Metrics) -> None:
@@ -31,7 +31,8 @@ class App:
         self._answering = Answering(model, streams, self._must_serve)
         self._created = int(time.time())
         self.draining = False
-        self.busy = 0
+        self._exchanges: set[Exchange] = set()
+        self._loading: set[str] = set()
         self._paths: dict[tuple[str, str], Callable[[Exchange], Awaitable[None]]] = {
             ("GET", "/health"): self._health,
             ("GET", "/metrics"): self._tell_metrics,
@@ -41,11 +42,22 @@ class App:
             ("POST", "/v1/chat/completions"): self._chat,
         }
 
+    @property
+    def busy(self) -> bool:
+        """Whether requests are being read or answered."""
+        return bool(self._exchanges)
+
+    def drain(self) -> None:
+        """Take no new work, nor wait long for requests that are half there."""
+        self.draining = True
+        for exchange in self._exchanges:
+            exchange.hurry()
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
         assert scope["type"] == "http", scope["type"]
         exchange = Exchange(scope, receive, send)
-        self.busy += 1
+        self._exchanges.add(exchange)
         try:
             await self._dispatch(exchange)
         except HttpError as error:
@@ -58,7 +70,7 @@ class App:
             traceback.print_exc(file=sys.stderr)
             await exchange.refuse(HttpError(500, "the server failed at this request; its log says how"))
         finally:
-            self.busy -= 1
+            self._exchanges.discard(exchange)
             if exchange.status:
                 self._metrics.answered(exchange.status)
 
@@ -66,12 +78,16 @@ class App:
         method, path = exchange.scope["method"], exchange.scope["path"].rstrip("/")
         if (handler := self._paths.get((method, path))) is not None:
             return await handler(exchange)
-        if method == "DELETE" and path.startswith("/v1/adapters/"):
-            return await self._unload_adapter(exchange, path.removeprefix("/v1/adapters/"))
         allowed = [verb for verb, known in self._paths if known == path]
+        for verb, folder, named in (("DELETE", "/v1/adapters/", self._unload_adapter), ("GET", "/v1/models/", self._one_model)):
+            if path.startswith(folder):
+                if method == verb:
+                    return await named(exchange, path.removeprefix(folder))
+                allowed = [verb]
         if allowed:
             exchange.extra.append((b"allow", ", ".join(allowed).encode()))
             raise HttpError(405, f"{path} takes {' or '.join(allowed)}, not {method}")
+        path = brief(path or "/", str)
         raise HttpError(404, f"{path} is no path of this server: {', '.join(sorted({p for _, p in self._paths}))}")
 
     # ---- state
@@ -101,6 +117,15 @@ class App:
         await exchange.answer(text.encode(), kind=b"text/plain; version=0.0.4; charset=utf-8")
 
     async def _models(self, exchange: Exchange) -> None:
+        await exchange.json({"object": "list", "data": self._known_models()})
+
+    async def _one_model(self, exchange: Exchange, name: str) -> None:
+        found = next((model for model in self._known_models() if model["id"] == name), None)
+        if found is None:
+            raise HttpError(404, f"the model {brief(name)} does not exist here", "model", "model_not_found")
+        await exchange.json(found)
+
+    def _known_models(self) -> list[dict[str, Any]]:
         self._must_serve()
         ready = self._streams.ready
         assert ready is not None
@@ -113,11 +138,10 @@ class App:
             "max_model_len": ready.max_tokens,
         }
         names: list[tuple[str, str | None]] = [(model.name, None), *((name, model.name) for name in model.adapters.names)]
-        models = [
+        return [
             {"id": name, "object": "model", "created": self._created, "owned_by": "fivefold", "parent": base, **about}
             for name, base in names
         ]
-        await exchange.json({"object": "list", "data": models})
 
     # ---- adapters
 
@@ -125,18 +149,21 @@ class App:
         self._must_serve()
         wanted = read(await exchange.body(), AdapterFolder)
         adapters = self._model.adapters
-        if wanted.name in [self._model.name, *adapters.names]:
-            raise HttpError(409, f"{wanted.name!r} is taken: unload it first", "name")
-        await self._streams.load_adapter(wanted.name, Path(wanted.path))
-        if wanted.name not in adapters.names:  # somebody else may have asked for the same meanwhile
+        if wanted.name in [self._model.name, *adapters.names, *self._loading]:
+            raise HttpError(409, f"{brief(wanted.name)} is taken: unload it first", "name")
+        self._loading.add(wanted.name)  # nobody else loads under this name meanwhile
+        try:
+            await self._streams.load_adapter(wanted.name, Path(wanted.path))
             adapters.names.append(wanted.name)
+        finally:
+            self._loading.discard(wanted.name)
         await exchange.json({"id": wanted.name, "object": "model", "parent": self._model.name})
 
     async def _unload_adapter(self, exchange: Exchange, name: str) -> None:
         self._must_serve()
         adapters = self._model.adapters
         if name not in adapters.names:
-            raise HttpError(404, f"no adapter is called {name!r}: there are {', '.join(adapters.names) or 'none'}", "name")
+            raise HttpError(404, f"no adapter is called {brief(name)}: there are {', '.join(adapters.names) or 'none'}", "name")
         if using := adapters.users(name):
             raise HttpError(409, f"{using} requests are using {name!r}: try again when they have ended", "name")
         adapters.names.remove(name)  # nobody comes in while the engine lets go of it

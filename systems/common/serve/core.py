@@ -17,6 +17,8 @@ from systems.common.errors import InputError
 from systems.common.serve.loading import add_adapter, read_adapter
 from systems.common.serve.messages import Abort, Command, Done, Job, Load, LoadAdapter, Progress, Report, Stop, UnloadAdapter
 from systems.common.torch_engine.drivers import Live, end_early
+from systems.common.torch_engine.parallel.cluster import RankError
+from systems.common.torch_engine.parallel.executor import ParallelExecutor
 from systems.common.torch_engine.sampling import Sampling
 
 SETTLED_AFTER = 8
@@ -34,12 +36,19 @@ class _Running:
     received: int = 0
 
 
-class EngineLoop:
-    """See the module. `report` is called in the engine's thread."""
+class _Look:
+    """Something has happened to the other ranks: see what."""
 
-    def __init__(self, live: Live, report: Callable[[Report], None]) -> None:
+
+Inbox = SimpleQueue[Command | _Look]
+
+
+class EngineLoop:
+    """See the module. `report` is called in the engine's thread; `inbox` may have filled before the engine was there."""
+
+    def __init__(self, live: Live, report: Callable[[Report], None], inbox: Inbox | None = None) -> None:
         self._live, self._report = live, report
-        self._inbox: SimpleQueue[Command] = SimpleQueue()
+        self._inbox: Inbox = inbox if inbox is not None else SimpleQueue()
         self._open: dict[int, _Running] = {}
         self._known: dict[int, _Running] = {}
         """Jobs that the executor may still ask about: those above, and those that ended lately."""
@@ -51,14 +60,17 @@ class EngineLoop:
         executor.prompt = lambda request: self._known[request.index].job.prompt
         executor.sampling = lambda request: self._known[request.index].sampling
         executor.on_tokens = self._take
+        if isinstance(executor, ParallelExecutor):  # an engine that has nothing to do would not notice
+            executor.cluster.on_death = lambda: self._inbox.put(_Look())
 
     def put(self, command: Command) -> None:
         """Have something done before the next step. Any thread may call it."""
         self._inbox.put(command)
 
     def run(self) -> None:
-        """Serve until `Stop`."""
+        """Serve until `Stop`. Raises RankError as soon as a rank is gone."""
         engine, executor = self._live.engine, self._live.executor
+        executor.drain()  # a rank may have gone before anybody watched
         self._tell(force=True)
         while not self._stopping:
             if engine.has_work and (spare_s := executor.flights.spare_s()) > 0:
@@ -84,7 +96,7 @@ class EngineLoop:
             except Empty:
                 return
 
-    def _do(self, command: Command) -> None:
+    def _do(self, command: Command | _Look) -> None:
         match command:
             case Job():
                 self._submit(command)
@@ -94,6 +106,8 @@ class EngineLoop:
                 self._change_adapters(command)
             case Stop():
                 self._stopping = True
+            case _Look():
+                self._live.executor.drain()
 
     def _submit(self, job: Job) -> None:
         request = Request(job.index, 0.0, len(job.prompt), job.max_tokens, job.adapter)
@@ -123,6 +137,11 @@ class EngineLoop:
                 bank.unload(command.name)
         except InputError as raised:
             error = raised
+        except RankError:
+            raise
+        except Exception as raised:  # whatever is in that folder, other requests go on
+            why = f"{type(raised).__name__}: {raised}".splitlines()[0]
+            error = InputError(f"adapter {command.name}", "path", why, "not a peft LoRA adapter of this model")
         self._report(Done(command.ticket, error))
 
     def _take(self, sequences: list[Sequence], tokens: list[int]) -> None:

@@ -14,9 +14,14 @@ Event = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Event]]
 Send = Callable[[Event], Awaitable[None]]
 
-MAX_BODY_BYTES = 64 << 20
+MAX_BODY_BYTES = 16 << 20
+"""Of one request: two million token ids and more. It is parsed and checked in the thread that streams to everybody."""
+BODY_S = 60.0
+"""How long a request's body may take to come."""
+HURRY_S = 1.0
+"""The same once the server ends."""
 RETRY_AFTER_S = 5
-KINDS = {400: "invalid_request_error", 404: "not_found_error", 409: "conflict_error", 413: "invalid_request_error"}
+KINDS = {404: "not_found_error", 409: "conflict_error"}
 
 
 class HttpError(Exception):
@@ -33,7 +38,7 @@ class HttpError(Exception):
         return {"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}}
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Exchange:
     """One HTTP request and its answer.
 
@@ -48,9 +53,33 @@ class Exchange:
     begun: bool = False
     status: int = 0
     extra: list[tuple[bytes, bytes]] = field(default_factory=list)
+    _limit: asyncio.Timeout | None = None
+    _hurried: bool = False
 
     async def body(self) -> bytes:
-        """The whole body. Raises HttpError (413) for one without end, ConnectionResetError when the client leaves meanwhile."""
+        """The whole body.
+
+        Raises:
+            HttpError: it is too long (413), does not come in time (408), or the server ends first (503).
+            ConnectionResetError: the client leaves meanwhile.
+        """
+        try:
+            async with asyncio.timeout(BODY_S) as self._limit:
+                return await self._read()
+        except TimeoutError as error:
+            if self._hurried:
+                raise HttpError(503, "the server is ending and takes no new requests", code="draining") from error
+            raise HttpError(408, f"the body did not come within {BODY_S:g} s", code="timeout") from error
+        finally:
+            self._limit = None
+
+    def hurry(self) -> None:
+        """The server ends: a body that is not all there must come soon."""
+        if self._limit is not None:
+            self._hurried = True
+            self._limit.reschedule(asyncio.get_running_loop().time() + HURRY_S)
+
+    async def _read(self) -> bytes:
         parts: list[bytes] = []
         size = 0
         while True:
@@ -79,6 +108,8 @@ class Exchange:
             return
         if error.status == 503:
             self.extra.append((b"retry-after", str(RETRY_AFTER_S).encode()))
+        if error.status in (408, 413):  # the rest of the body may be on its way
+            self.extra.append((b"connection", b"close"))
         await self.json(error.body, error.status)
 
     async def events(self, pieces: AsyncIterator[bytes]) -> None:

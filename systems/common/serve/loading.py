@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -63,20 +65,31 @@ def read_adapter(folder: Path) -> Adapter:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    config = _json(folder / "adapter_config.json")
-    for key in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern"):
+    described = folder / "adapter_config.json"
+    config = _json(described)
+    if (kind := config.get("peft_type", "LORA")) != "LORA":
+        raise InputError(described, "peft_type", kind, "the engine applies LORA only")
+    for key in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "fan_in_fan_out"):
         if config.get(key):
-            raise InputError(folder / "adapter_config.json", key, config[key], "plain LoRA only: train it without")
+            raise InputError(described, key, config[key], "plain LoRA only: train it without")
     rank, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float):
-        raise InputError(folder / "adapter_config.json", "r, lora_alpha", (rank, alpha), "give both as numbers")
+    if not isinstance(rank, int) or rank < 1 or not isinstance(alpha, int | float) or not math.isfinite(alpha):
+        raise InputError(described, "r, lora_alpha", (rank, alpha), "give both as numbers")
     file = folder / "adapter_model.safetensors"
     try:
-        return Adapter.from_peft(load_file(file), rank, alpha)
+        tensors = load_file(file)
+        adapter = Adapter.from_peft(tensors, rank, alpha)
     except KeyError as error:
         raise InputError(file, "tensor", str(error), "missing: every lora_A needs its lora_B") from error
     except (OSError, SafetensorError) as error:
         raise InputError(file, "weights", str(error), "not a whole safetensors file: copy it again") from error
+    if len(tensors) != 2 * len(adapter.modules) or not tensors:
+        other = next((name for name in tensors if ".lora_A." not in name and ".lora_B." not in name), None)
+        raise InputError(file, "tensor", other, "the file must hold pairs of lora_A.weight and lora_B.weight, and nothing else")
+    for module, (a, b) in adapter.modules.items():
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != rank or b.shape[1] != rank:
+            raise InputError(file, module, (tuple(a.shape), tuple(b.shape)), f"not A and B of rank {rank}: copy it again")
+    return adapter
 
 
 def add_adapter(live: Live, name: str, adapter: Adapter) -> None:
@@ -84,10 +97,27 @@ def add_adapter(live: Live, name: str, adapter: Adapter) -> None:
     if (bank := live.executor.adapters) is None:
         mend = "this server was started without adapters: start it with --max-lora-rank or --adapter"
         raise InputError(f"adapter {name}", "name", name, mend)
-    try:
-        bank.load(name, adapter)
-    except (RuntimeError, LookupError) as error:  # what copying a matrix of another size raises, or a layer that is not there
-        raise InputError(f"adapter {name}", "path", str(error), "not an adapter of this model's shape") from error
+    for module, (a, b) in adapter.modules.items():
+        if (given := (b.shape[0], a.shape[1])) != (wanted := _sizes(live.executor.shape, module)):
+            mend = f"not an adapter of this model's shape, which has {wanted or 'no such layer'}"
+            raise InputError(f"adapter {name}", module, given, mend)
+    bank.load(name, adapter)
+
+
+def _sizes(shape: ModelShape, module: str) -> tuple[int, int] | None:
+    """Outputs and inputs of a layer's product by its Hugging Face name; None where the model has none of that name."""
+    found = re.fullmatch(r"model\.layers\.(\d{1,6})\.(.+)", module, re.ASCII)
+    if found is None or int(found[1]) >= shape.layers:
+        return None
+    return {
+        "self_attn.q_proj": (shape.q_width, shape.hidden),
+        "self_attn.k_proj": (shape.kv_width, shape.hidden),
+        "self_attn.v_proj": (shape.kv_width, shape.hidden),
+        "self_attn.o_proj": (shape.hidden, shape.q_width),
+        "mlp.gate_proj": (shape.mlp, shape.hidden),
+        "mlp.up_proj": (shape.mlp, shape.hidden),
+        "mlp.down_proj": (shape.hidden, shape.mlp),
+    }.get(found[2])
 
 
 def _live(
@@ -178,29 +208,55 @@ def shape_of(config: Mapping[str, Any], where: Path, name: str) -> tuple[ModelSh
             where, "model_type", kind, "the engine reads llama and qwen2; give --model for a shape it knows by name"
         )
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise InputError(where, "rope_parameters", rope, "is no JSON object: copy the model's config.json again")
     scaling = None
     if (style := rope.get("rope_type", rope.get("type", "default"))) == "llama3":
-        scaling = Llama3Scaling(
-            rope["factor"], rope["low_freq_factor"], rope["high_freq_factor"], rope["original_max_position_embeddings"]
-        )
+        keys = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+        factor, low, high, original = (_above_0(rope, key, where) for key in keys)
+        scaling = Llama3Scaling(factor, low, high, int(original))
     elif style != "default":
         raise InputError(where, "rope_type", style, "the engine knows default and llama3")
     if config.get("attention_bias") or config.get("mlp_bias"):
         raise InputError(where, "attention_bias", True, "the engine has no Llama with biases")
     stored = str(config.get("dtype") or config.get("torch_dtype"))
-    try:
-        heads, hidden = config["num_attention_heads"], config["hidden_size"]
-        shape = ModelShape(
-            name, config["num_hidden_layers"], hidden, heads, config.get("num_key_value_heads") or heads,
-            config.get("head_dim") or hidden // heads, config["intermediate_size"], config["vocab_size"],
-            tied=bool(config.get("tie_word_embeddings", False)), qkv_biases=kind == "qwen2",
-            dtype=DTYPE_NAMES.get(stored.removeprefix("torch."), "bf16"),
-        )  # fmt: skip
-        theta = rope.get("rope_theta") or config.get("rope_theta") or 10_000.0
-        given = Numerics(config["rms_norm_eps"], float(theta), scaling)
-        return shape, given, int(config["max_position_embeddings"])
-    except KeyError as error:
-        raise InputError(where, str(error.args[0]), None, "missing: copy the model's config.json again") from error
+    layers, hidden, heads, mlp, vocab, longest = (_count(config, key, where) for key in SIZES)
+    kv_heads = _count(config, "num_key_value_heads", where, heads)
+    head_dim = _count(config, "head_dim", where, hidden // heads)
+    if heads % kv_heads:
+        raise InputError(where, "num_key_value_heads", kv_heads, f"does not divide num_attention_heads ({heads})")
+    if head_dim % 2:
+        raise InputError(where, "head_dim", head_dim, "rotary embedding needs an even one")
+    shape = ModelShape(
+        name, layers, hidden, heads, kv_heads, head_dim, mlp, vocab,
+        tied=bool(config.get("tie_word_embeddings", False)), qkv_biases=kind == "qwen2",
+        dtype=DTYPE_NAMES.get(stored.removeprefix("torch."), "bf16"),
+    )  # fmt: skip
+    theta = _above_0(rope, "rope_theta", where, _above_0(config, "rope_theta", where, 10_000.0))
+    return shape, Numerics(_above_0(config, "rms_norm_eps", where), theta, scaling), longest
+
+
+SIZES = (
+    "num_hidden_layers", "hidden_size", "num_attention_heads", "intermediate_size", "vocab_size", "max_position_embeddings",
+)  # fmt: skip
+
+
+def _above_0(values: Mapping[str, Any], key: str, where: Path, default: float | None = None) -> float:
+    """A number of a config.json; `default` where it is missing or null. Raises InputError."""
+    if (value := values.get(key)) is None:
+        value = default
+    if value is None:
+        raise InputError(where, key, None, "missing: copy the model's config.json again")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise InputError(where, key, value, "give a number above 0: copy the model's config.json again")
+    return float(value)
+
+
+def _count(values: Mapping[str, Any], key: str, where: Path, default: int | None = None) -> int:
+    """The same, a whole one."""
+    if (value := _above_0(values, key, where, default)) != int(value):
+        raise InputError(where, key, value, "give a whole number: copy the model's config.json again")
+    return int(value)
 
 
 def _weights(config: ServeConfig, shape: ModelShape, device: str) -> Weights:

@@ -13,11 +13,20 @@ import threading
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
+from queue import SimpleQueue
+from typing import TYPE_CHECKING
 
 from systems.common.errors import InputError
 from systems.common.serve.config import ServeConfig
 from systems.common.serve.messages import Command, Ended, Ready, Report, Stop
+
+if TYPE_CHECKING:
+    from systems.common.serve.core import Inbox
+
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class EngineProcess:
@@ -27,8 +36,13 @@ class EngineProcess:
         """Start the process; it loads the model and reports `Ready`, or `Ended`."""
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
+        resource_tracker.ensure_running()  # type: ignore[attr-defined]  # else `start` does it, and unblocks what is blocked here
         self._process = context.Process(target=_main, args=(theirs, config), name="engine", daemon=True)
-        self._process.start()
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # inherited: none ends the engine before it can ignore them
+        try:
+            self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         theirs.close()
 
     def __enter__(self) -> EngineProcess:
@@ -64,11 +78,11 @@ class EngineProcess:
 
 
 def _main(connection: Connection, config: ServeConfig) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)  # ranks inherit it
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
-        _run(connection, config)
-        last = Ended()
+        last = _run(connection, config)
     except InputError as error:
         last = Ended(str(error), fault=error)
     except BaseException as error:
@@ -77,21 +91,27 @@ def _main(connection: Connection, config: ServeConfig) -> None:
         connection.send(last)
 
 
-def _run(connection: Connection, config: ServeConfig) -> None:
+def _run(connection: Connection, config: ServeConfig) -> Ended:
+    inbox: Inbox = SimpleQueue()
+    threading.Thread(target=_listen, args=(connection, inbox.put), name="inbox", daemon=True).start()
     from systems.common.serve.core import EngineLoop  # PyTorch
     from systems.common.serve.loading import engine
+    from systems.common.torch_engine.parallel.cluster import RankError
 
-    with engine(config) as live:
-        loop = EngineLoop(live, connection.send)
-        executor = live.executor
-        adapters = tuple(executor.adapters.index) if executor.adapters is not None else ()
-        vocab, dtype = executor.shape.vocab, executor.shape.dtype
-        connection.send(Ready(live.engine.config, executor.max_tokens, vocab, str(executor.device), dtype, adapters))
-        threading.Thread(target=_listen, args=(connection, loop.put), name="inbox", daemon=True).start()
-        try:
-            loop.run()
-        except InputError as error:  # bad input is refused before: this one is a defect
-            raise RuntimeError(str(error)) from error
+    try:
+        with engine(config) as live:
+            loop = EngineLoop(live, connection.send, inbox)
+            executor = live.executor
+            adapters = tuple(executor.adapters.index) if executor.adapters is not None else ()
+            vocab, dtype = executor.shape.vocab, executor.shape.dtype
+            connection.send(Ready(live.engine.config, executor.max_tokens, vocab, str(executor.device), dtype, adapters))
+            try:
+                loop.run()
+            except InputError as error:  # bad input is refused before: this one is a defect
+                raise RuntimeError(str(error)) from error
+    except RankError as error:  # one line says it all
+        return Ended(str(error))
+    return Ended()
 
 
 def _listen(connection: Connection, put: Callable[[Command], None]) -> None:

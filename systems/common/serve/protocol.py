@@ -6,13 +6,20 @@ exceptions are `user`, `metadata` and `store`, which have no effect on an answer
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from systems.common.serve.http import HttpError
 
-Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+MOST_PROMPTS = 2048
+"""Prompts of one request, as OpenAI's API has it."""
+MOST_COMPLAINTS = 100
+"""Complaints about one body beyond which none is told: a body can have millions, and each costs microseconds."""
+SHOWN = 80
+"""Characters of a wrong value that an error repeats."""
+Tokens = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1, fail_fast=True)]
 One = Annotated[float, Field(ge=1, le=1)]
 Zero = Annotated[float, Field(ge=0, le=0)]
 
@@ -36,8 +43,8 @@ class Common(BaseModel):
     temperature: Annotated[float, Field(ge=0, le=100)] | None = 1.0
     top_p: Annotated[float, Field(gt=0, le=1)] | None = 1.0
     seed: Annotated[int, Field(ge=-(1 << 63), lt=1 << 63)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
-    stop_token_ids: list[int] | None = None
+    stop: str | Annotated[list[str], Field(max_length=16, fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[Annotated[int, Field(ge=0)]], Field(fail_fast=True)] | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
@@ -65,7 +72,7 @@ class Common(BaseModel):
 class Completion(Common):
     """Body of `/v1/completions`."""
 
-    prompt: str | Tokens | Annotated[list[str | Tokens], Field(min_length=1)]
+    prompt: str | Tokens | Annotated[list[str | Tokens], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
     echo: Literal[False] | None = False
     suffix: Literal[None] = None
     best_of: One | None = None
@@ -96,7 +103,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: str | Annotated[list[Part], Field(fail_fast=True)]
     name: str | None = None
 
     @property
@@ -106,13 +113,21 @@ class Message(BaseModel):
         return {"role": self.role, "content": text}
 
 
+class TextFormat(BaseModel):
+    """The format of an answer that is no JSON: the only one."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["text"]
+
+
 class Chat(Common):
     """Body of `/v1/chat/completions`."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: Literal[False] | None = None
-    response_format: Literal[None] = None
+    response_format: TextFormat | None = None
 
 
 class AdapterFolder(BaseModel):
@@ -132,6 +147,8 @@ def read(body: bytes, kind: type[Body]) -> Body:
     try:
         return kind.model_validate_json(body)
     except ValidationError as error:
+        if (count := error.error_count()) > MOST_COMPLAINTS:
+            raise HttpError(400, f"the body: {count} things are wrong with it") from error
         first = error.errors(include_url=False, include_context=False)[0]
         if first["type"] == "json_invalid":
             raise HttpError(400, f"the body is no JSON: {first['msg']}") from error
@@ -145,11 +162,16 @@ def explain(error: ValidationError) -> tuple[str, str]:
     first = complaints[0]
     place = [str(part) for part in first["loc"]]
     field = place[0] if place else "body"
-    given = repr(first.get("input"))
-    shown = given if len(given) <= 80 else given[:77] + "..."
+    shown = brief(first.get("input"))
     if first["type"] == "missing":
         return field, "is missing"
     if first["type"] == "extra_forbidden":
-        return ".".join(place), "is not a field that this server knows"
+        return brief(".".join(place), str), "is not a field that this server knows"
     alike = [c["msg"] for c in complaints if c["loc"] and c["loc"][0] == first["loc"][0]]
     return field, f"{'; or '.join(dict.fromkeys(alike))} (got {shown})"
+
+
+def brief(value: object, text: Callable[[object], str] = repr) -> str:
+    """A value of a request, as an error shows it: users paste errors, and logs keep them."""
+    shown = text(value[: SHOWN + 1] if isinstance(value, str | list) else value)
+    return shown if len(shown) <= SHOWN else shown[: SHOWN - 3] + "..."

@@ -23,8 +23,9 @@ from systems.common.serve.app import App
 from systems.common.serve.config import ServeConfig
 from systems.common.serve.messages import Ended, Ready
 from systems.common.serve.metrics import Metrics
-from systems.common.serve.process import EngineProcess
+from systems.common.serve.process import SIGNALS, EngineProcess
 from systems.common.serve.served import Adapters, Model
+from systems.common.serve.silence import Silent
 from systems.common.serve.streams import Streams
 
 FILES_KEPT = 64
@@ -32,18 +33,24 @@ FILES_KEPT = 64
 KEEP_ALIVE_S = 75
 STOP_S = 5.0
 """How long the idle engine may take to end."""
+SILENT_S = 75.0
+"""How long a connection may last on which no whole request has come."""
+SWEEP_S = 5.0
 ANSWER_S = 2.0
 """How long answers that are complete may take to leave when the server ends."""
 
 
 def serve(config: ServeConfig) -> int:
     """Serve until a signal or the engine's death; the exit code. Raises InputError for what a user must mend."""
+    early: list[int] = []
+    for number in SIGNALS:  # until the event loop listens to them
+        signal.signal(number, lambda given, _: early.append(given))
     with _listen(config.host, config.port) as listening, EngineProcess(config) as engine:
         source = config.weights or config.gguf
         weights = source.name if source is not None else f"random (seed {config.seed})"
         weights += f", {config.quantization}" if config.quantization else ""
         model = Model(config.name, tokenizers.choose(config), weights, Adapters())
-        return asyncio.run(_Server(config, model, engine, listening).run())
+        return asyncio.run(_Server(config, model, engine, listening, early).run())
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -75,8 +82,11 @@ def _most_connections() -> int:
 
 
 class _Server:
-    def __init__(self, config: ServeConfig, model: Model, engine: EngineProcess, listening: socket.socket) -> None:
+    def __init__(
+        self, config: ServeConfig, model: Model, engine: EngineProcess, listening: socket.socket, early: list[int]
+    ) -> None:
         self._config, self._model, self._engine, self._listening = config, model, engine, listening
+        self._early = early
         self._ready = False
         self._ended: Ended | None = None
         self._signals = 0
@@ -98,14 +108,18 @@ class _Server:
         while not http.started and not listening.done():
             await asyncio.sleep(0.005)
         loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in SIGNALS:
             loop.add_signal_handler(number, self._signalled)  # instead of uvicorn's, which would close at once
+        if self._early or http.should_exit:
+            self._signalled()
+        sweeping = asyncio.create_task(self._sweep(http))
         host, port = self._listening.getsockname()[:2]
         print(json.dumps({"host": host, "port": port, "model": self._model.name, "pid": os.getpid()}), flush=True)
         while self._ended is None and not self._signals:
             await self._news.wait()
             self._news.clear()
         await self._drain(app, streams)
+        sweeping.cancel()
         http.should_exit = True
         await listening
         if self._ended is None:
@@ -113,6 +127,14 @@ class _Server:
                 self._engine.stop(STOP_S)
             return 0
         return self._verdict(self._ended)
+
+    async def _sweep(self, http: uvicorn.Server) -> None:
+        """Close the connections of those who never ask: uvicorn gives them all the time in the world."""
+        silent = Silent(SILENT_S)
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            for connection in silent.overdue(http.server_state.connections, time.monotonic()):
+                connection.transport.close()
 
     def _signalled(self) -> None:
         self._signals += 1
@@ -130,7 +152,7 @@ class _Server:
 
     async def _drain(self, app: App, streams: Streams) -> None:
         """Take nothing new, let what runs end: up to the limit, a second signal or the engine's death; then end it."""
-        app.draining = True
+        app.drain()
         limit = time.monotonic() + self._config.drain_s
         while app.busy and time.monotonic() < limit and self._signals < 2 and self._ended is None:
             await asyncio.sleep(0.02)

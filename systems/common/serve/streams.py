@@ -156,6 +156,7 @@ class Streams:
         for index, refusal in report.refused:
             if (stream := self.open.pop(index, None)) is not None:
                 stream.error = refusal
+                self._metrics.ended("error")
                 stream.wake.set()
 
     def _finish(self, stream: Stream) -> None:

@@ -12,6 +12,9 @@ HOLE = "\ufffd"
 CONTEXT_TOKENS = 5
 """Tokens of the prompt that are decoded along with the first ones, for decoders that treat a text's beginning specially."""
 
+LONGEST_DOUBT = 64
+"""Tokens without a whole character after which holes are taken for what they are: a character has four bytes at most."""
+
 
 class Detokenizer:
     """Text of a growing list of tokens.
@@ -42,6 +45,8 @@ class Detokenizer:
                 sure = len(text.rstrip(HOLE))
                 pieces.append(text[self._known : sure])
                 self._known = max(self._known, sure)
+                if len(self._window) > LONGEST_DOUBT:
+                    pieces.append(self._let_go(text))
             else:
                 pieces.append(text[self._known :])
                 self._slide(text)
@@ -52,6 +57,17 @@ class Detokenizer:
         rest = self._decode(self._window)[self._known :]
         self._known += len(rest)
         return rest
+
+    def _let_go(self, text: str) -> str:
+        """Return all of a long window but what its last tokens may still become, and forget it: else every push costs more."""
+        for kept in range(4, 8):
+            first, last = self._window[:-kept], self._window[-kept:]
+            size = len(decoded := self._decode(first))
+            if decoded + self._decode(last) == text:  # else the cut would go through a character
+                piece = text[self._known : size]
+                self._window, self._known, self._fresh = last, max(0, self._known - size), 0
+                return piece
+        return ""
 
     def _slide(self, text: str) -> None:
         """The window ends between two characters: what came before its newest tokens need not be decoded again."""

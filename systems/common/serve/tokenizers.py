@@ -117,4 +117,4 @@ def _generation_stops(folder: Path) -> set[int]:
         stops = json.loads(file.read_text()).get("eos_token_id")
     except (ValueError, AttributeError) as error:
         raise InputError(file, "json", str(error), "not a JSON object: copy it again or remove it") from error
-    return set(stops) if isinstance(stops, list) else {stops} if isinstance(stops, int) else set()
+    return {stop for stop in (stops if isinstance(stops, list) else [stops]) if isinstance(stop, int)}

@@ -46,7 +46,8 @@ def sample(logits: Tensor, temperature: Tensor, top_p: Tensor | None, draw: Tens
     token = _invert(mass, draw)
     if top_p is not None:
         mass, order = torch.sort(mass, dim=-1, descending=True, stable=True)
-        kept = torch.where(mass.cumsum(-1) - mass < top_p[:, None], mass, 0.0)
+        share = top_p.clamp_min(torch.finfo(torch.float32).tiny)  # the likeliest is always kept
+        kept = torch.where(mass.cumsum(-1) - mass < share[:, None], mass, 0.0)
         # rows that keep everything are not read off the sorted side: their token must not depend on their neighbours
         token = torch.where(top_p < 1, order.gather(-1, _invert(kept, draw)[:, None])[:, 0], token)
     return torch.where(temperature > 0, token, logits.argmax(-1))

@@ -49,12 +49,14 @@ class Cluster:
     Attributes:
         wires: a connection to each, by rank - 1.
         failure: what ended them, or None.
+        on_death: called when one has died, from a thread of its own.
     """
 
     def __init__(self, ranks: int, host: str = "127.0.0.1") -> None:
         self.ranks, self.host = ranks, host
         self.wires: list[Wire] = []
         self.failure: str | None = None
+        self.on_death: Callable[[], None] | None = None
         self._leashes: list[Wire] = []
         self._processes: list[subprocess.Popen[bytes]] = []
         self._words: list[IO[bytes]] = []
@@ -212,6 +214,8 @@ class Cluster:
         self._kill()
         break_off()
         self._failed.set()
+        if self.on_death is not None:
+            self.on_death()
 
     def _kill(self) -> None:
         for process in self._processes:
