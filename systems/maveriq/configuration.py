@@ -7,6 +7,7 @@ Contents:
 * `Estimate` and `Estimates`: what is expected, one answer or many (arrays).
 * `Estimator`: what both modes, `paper` and `improved`, offer.
 * `ModelFacts`, `known_models`: depth and widths of the models, from `data/models.yaml` or a file of the user's.
+* `whole_number`: what counts as one in a file or an option.
 
 Times are seconds, memory is GiB summed over all GPUs of the configuration.
 """
@@ -27,6 +28,8 @@ from systems.common.models import MODELS, ModelShape, close_names
 
 Floats = NDArray[np.float64]
 DTYPES = ("float16", "int8", "int4", "int4_gptq")
+MOST = 10**9
+"""No degree, depth, batch or number of tokens is larger: a number that is meant as one, and squares that stay finite."""
 LEVEL = 0.9
 """The share of truths that an interval should hold unless another is asked for."""
 
@@ -196,6 +199,14 @@ _FACTS = {field.name for field in fields(ModelFacts)} - {"name"}
 _MODELS: dict[Path, Mapping[str, ModelFacts]] = {}
 
 
+def whole_number(text: str) -> int | None:
+    """The whole number from 1 to `MOST` that `text` is, also as spreadsheets and pandas write it ("8.0"); else None."""
+    plain = text.strip().removesuffix(".0")
+    if not (plain.isascii() and plain.isdecimal() and len(plain) <= 20):
+        return None
+    return int(plain) if 1 <= int(plain) <= MOST else None
+
+
 def known_models(file: Path = _DATA / "models.yaml") -> Mapping[str, ModelFacts]:
     """The models of `file` and the engine's shapes, by name. A model is added by a line in `file`, or in a file of your own.
 
@@ -222,7 +233,7 @@ def _facts(file: Path, name: str, entry: object) -> ModelFacts:
         raise InputError(file, f"models.{name}", entry, f"use only the keys {', '.join(sorted(_FACTS))}")
     for key, value in entry.items():
         wants = bool if key in ("gated", "tensor_parallel") else int
-        if type(value) is not wants or (wants is int and value < (1 if key == "layers" else 0)):
+        if type(value) is not wants or (wants is int and not (1 if key == "layers" else 0) <= value <= MOST):
             raise InputError(file, f"models.{name}.{key}", value, "write a whole number above 0, or true or false")
     if "layers" not in entry:
         raise InputError(file, f"models.{name}.layers", None, "say how many decoder layers the whole model has")
@@ -234,4 +245,5 @@ def facts_of(model: str, models: Mapping[str, ModelFacts]) -> ModelFacts:
     if model in models:
         return models[model]
     close = ", ".join(close_names(model, models))
-    raise InputError("models", "model", model, f"use one of {close}, or say its depth: --layers N, or a file for --models")
+    mend = f"its depth is not known: give it in a file for --models (an estimate also takes --layers N), or use one of {close}"
+    raise InputError("models", "model", model, mend)

@@ -16,10 +16,8 @@ Exit status: 0 decided; 1 refused (with `--cases`: refusals are answers, 0); 2 b
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import math
-import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,15 +25,16 @@ from pathlib import Path
 from typing import Any
 
 from systems.common.errors import InputError
-from systems.maveriq.configuration import ModelFacts, known_models
+from systems.maveriq.configuration import MOST, ModelFacts, known_models
 from systems.maveriq.estimator import load_estimator
 from systems.maveriq.intents import INTENTS
 from systems.maveriq.models import load_support
+from systems.maveriq.options import UNUSABLE, OneLineParser, run_command
 from systems.maveriq.placement import GpuState
 from systems.maveriq.search import OUTPUT_LENGTH, Decision, Refusal, Search, Wish
 from systems.maveriq.strategies import STRATEGIES, THRESHOLD
 
-REFUSED, UNUSABLE = 1, 2
+REFUSED = 1
 MOST_GPUS = 1024
 
 
@@ -100,15 +99,12 @@ _KEYS: Mapping[str, tuple[type, ...]] = {
     "output_length": (int,), "strategy": (str,), "packing_threshold": (int, float),
 }  # fmt: skip
 
+_NAMES = {str: "string", int: "whole number", float: "number", list: "list", bool: "true or false"}
+
 
 def case_of(given: Mapping[str, Any], where: str) -> Case:
     """A case from plain data with the keys of `_KEYS`. Raises InputError that names `where` and the key."""
-    for key, value in given.items():
-        if key not in _KEYS:
-            raise InputError(where, key, value, f"no such key: use {', '.join(_KEYS)}")
-        if value is not None and (not isinstance(value, _KEYS[key]) or (isinstance(value, bool) and bool not in _KEYS[key])):
-            raise InputError(where, key, value, f"write a {' or '.join(kind.__name__ for kind in _KEYS[key])}")
-    has = {key: value for key, value in given.items() if value is not None}
+    has: dict[str, Any] = {key: _value(where, key, value) for key, value in given.items() if value is not None}
     for key in ("model", "gpu_total_gib", "gpu_used_gib"):
         if key not in has:
             raise InputError(where, key, None, "is missing: a decision needs model, gpu_total_gib and gpu_used_gib")
@@ -121,6 +117,20 @@ def case_of(given: Mapping[str, Any], where: str) -> Case:
         return Case(wish.check(), _gpus(has, where))
     except InputError as error:
         raise InputError(where, error.key, error.value, error.mend) from error
+
+
+def _value(where: str, key: str, value: object) -> object:
+    """`value` if it is of a kind that `key` may have; a whole number may come as 2.0."""
+    if key not in _KEYS:
+        raise InputError(where, key, value, f"no such key: use {', '.join(_KEYS)}")
+    kinds = _KEYS[key]
+    if isinstance(value, float) and float not in kinds and int in kinds and value.is_integer():
+        value = int(value)
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise InputError(where, key, value, f"write a {' or '.join(_NAMES[kind] for kind in kinds)}")
+    if isinstance(value, int) and abs(value) > MOST:
+        raise InputError(where, key, value, f"use a number of at most {MOST}")
+    return value
 
 
 def _gpus(has: Mapping[str, Any], where: str) -> tuple[GpuState, ...]:
@@ -160,7 +170,7 @@ def read_cases(file: Path, defaults: Mapping[str, Any]) -> Iterator[tuple[int, C
     Raises InputError when the file itself can't be read.
     """
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # splitlines() would cut strings at U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise InputError("command line", "--cases", str(file), f"can't be read ({error}): give a file of JSON lines") from error
     for number, line in enumerate(lines, start=1):
@@ -187,22 +197,19 @@ def _no_constant(text: str) -> float:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; its exit status."""
-    try:
+
+    def told() -> int:
         args = _arguments().parse_args(argv)
         search = searcher(args.fingerprints, args.mode, args.models)
         given = {key: value for key in _KEYS if (value := getattr(args, key)) is not None}
         return _many(search, args.cases, given) if args.cases else _one(search, given)
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return UNUSABLE
-    except BrokenPipeError:  # the reader has left; closing stdout again must not complain either
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+
+    return run_command(told)
 
 
 def _one(search: Search, given: Mapping[str, Any]) -> int:
     found = answer(search, case_of(given, "command line"))
-    print(json.dumps(found, allow_nan=False))
+    print(json.dumps(found, allow_nan=False), flush=True)
     return REFUSED if found["refusal"] else 0
 
 
@@ -217,20 +224,14 @@ def _many(search: Search, file: Path, defaults: Mapping[str, Any]) -> int:
             bad += 1
             told = {"error": str(error)}
         print(json.dumps({"line": number, **told}, allow_nan=False))
+    sys.stdout.flush()
     if bad:
         print(f"{file}: lines: {bad}: could not be answered; each says why under `error`", file=sys.stderr)
     return UNUSABLE if bad else 0
 
 
-class _OneLine(argparse.ArgumentParser):
-    """argparse that says what is wrong in one line, as every other error here."""
-
-    def error(self, message: str) -> Any:  # noqa: ANN401
-        raise InputError("command line", "options", message, "see --help")
-
-
 def _arguments() -> argparse.ArgumentParser:
-    parser = _OneLine(prog="python -m systems.maveriq.decide", description="Choose a configuration, a layer map and GPUs.")
+    parser = OneLineParser(prog="python -m systems.maveriq.decide", description="Choose a configuration, a layer map and GPUs.")
     add = parser.add_argument
     add("--fingerprints", type=Path, required=True, help="CSV file of fingerprints, with the authors' columns")
     add("--model", help="a model of that file")
@@ -252,6 +253,4 @@ def _arguments() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    with contextlib.suppress(KeyboardInterrupt):
-        sys.exit(main())
-    sys.exit(130)
+    sys.exit(main())

@@ -21,9 +21,19 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from systems.common.errors import InputError
-from systems.maveriq.configuration import LEVEL, Configuration, Estimate, ModelFacts, Question, known_models
+from systems.maveriq.configuration import (
+    LEVEL,
+    MOST,
+    Configuration,
+    Estimate,
+    ModelFacts,
+    Question,
+    known_models,
+    whole_number,
+)
 from systems.maveriq.estimator import MODES, load_estimator
 from systems.maveriq.files import write
+from systems.maveriq.options import OneLineParser, run_command
 
 GRID_COLUMNS = ("model", "tp", "pp", "dtype", "int8_kv", "batch", "output_length")
 OUT_COLUMNS = (
@@ -33,7 +43,7 @@ OUT_COLUMNS = (
 
 def parser() -> argparse.ArgumentParser:
     """The command's options."""
-    made = argparse.ArgumentParser(
+    made = OneLineParser(
         prog="python -m systems.maveriq.estimate", description="Latency and memory of a deployment, from fingerprints."
     )
     made.add_argument("--fingerprints", type=Path, required=True, help="CSV file of fingerprints, with the authors' columns")
@@ -58,12 +68,12 @@ def parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; its exit code: 0, or 2 for bad input."""
-    try:
-        print(run(parser().parse_args(arguments)), end="")
-    except InputError as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+
+    def told() -> int:
+        print(run(parser().parse_args(arguments)), end="", flush=True)
+        return 0
+
+    return run_command(told)
 
 
 def run(options: argparse.Namespace) -> str:
@@ -73,8 +83,12 @@ def run(options: argparse.Namespace) -> str:
     questions = [_question(options)] if options.grid is None else read_grid(options.grid)
     for key in ("layers", "prompt_tokens"):
         value = getattr(options, key)
-        if value is not None and value < 1:
-            raise InputError("estimate", f"--{key.replace('_', '-')}", value, "use a whole number above 0")
+        if value is not None:
+            _check_whole(key, value)
+    if options.layers is not None and options.model is None:
+        raise InputError(
+            "estimate", "--layers", options.layers, "it goes with --model: give depths of many in a file for --models"
+        )
     estimator = load_estimator(
         options.fingerprints,
         options.mode,
@@ -103,10 +117,14 @@ def _question(options: argparse.Namespace) -> Question:
         if getattr(options, key) is None:
             raise InputError("estimate", f"--{key}", None, "say which configuration is meant, or give many with --grid")
     for key in ("tp", "pp", "batch", "output_length"):
-        if getattr(options, key) < 1:
-            raise InputError("estimate", f"--{key.replace('_', '-')}", getattr(options, key), "use a whole number above 0")
+        _check_whole(key, getattr(options, key))
     configuration = Configuration(options.tp, options.pp, options.dtype, options.int8_kv)
     return Question(options.model, configuration, options.batch, options.output_length)
+
+
+def _check_whole(key: str, value: int) -> None:
+    if not 1 <= value <= MOST:
+        raise InputError("estimate", f"--{key.replace('_', '-')}", value, f"use a whole number from 1 to {MOST}")
 
 
 def _models(options: argparse.Namespace) -> Mapping[str, ModelFacts]:
@@ -122,11 +140,13 @@ def read_grid(file: Path) -> list[Question]:
     """The questions of a grid file. Raises InputError for a missing column or a cell that can't be used."""
     try:
         with file.open(newline="", encoding="utf-8-sig") as stream:
-            rows = csv.DictReader(stream)
-            missing = [name for name in GRID_COLUMNS if name not in (rows.fieldnames or ())]
-            if missing:
-                raise InputError(file, "columns", missing[0], f"this column is missing: needed are {', '.join(GRID_COLUMNS)}")
-            return [_row(f"{file} line {rows.line_num}", row) for row in rows]
+            header = [name.strip() for name in next(csv.reader(stream), [])]
+            for name in GRID_COLUMNS:
+                if header.count(name) != 1:
+                    what = "comes twice" if name in header else "is missing"
+                    raise InputError(file, "columns", name, f"this column {what}: needed are {', '.join(GRID_COLUMNS)}")
+            rows = csv.DictReader(stream, header)
+            return [_row(f"{file} line {rows.line_num + 1}", row) for row in rows]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(file, "--grid", str(error), f"give a CSV file with the columns {','.join(GRID_COLUMNS)}") from error
 
@@ -138,9 +158,10 @@ def _row(where: str, row: Mapping[str, str | None]) -> Question:
             raise InputError(where, name, cells[name], "the cell is empty: fill it in")
     numbers = {}
     for name in ("tp", "pp", "batch", "output_length"):
-        if not (cells[name].isdecimal() and int(cells[name]) >= 1):
-            raise InputError(where, name, cells[name], "needs a whole number above 0")
-        numbers[name] = int(cells[name])
+        number = whole_number(cells[name])
+        if number is None:
+            raise InputError(where, name, cells[name], f"needs a whole number from 1 to {MOST}")
+        numbers[name] = number
     if cells["int8_kv"].lower() not in ("true", "false", "0", "1"):
         raise InputError(where, "int8_kv", cells["int8_kv"], "write True or False")
     int8_kv = cells["int8_kv"].lower() in ("true", "1")

@@ -110,8 +110,14 @@ class PaperEstimator:
     def _constants(self, question: Question) -> list[list[float]]:
         """[batch 1, batch 2] x [L(1,1), L(2,1), M(1,1), M(1,2), M(2,1)]; batch 2 is only asked for where it matters."""
         configuration = question.configuration
-        if configuration.tp > 1 and not facts_of(question.model, self._models).tensor_parallel:
+        self._fingerprints.precisions(question.model)
+        facts = facts_of(question.model, self._models)
+        if configuration.tp > 1 and not facts.tensor_parallel:
             raise InputError(question.model, "tp", configuration.tp, "this model can't be split: use tp 1")
+        if configuration.pp > facts.layers:
+            raise InputError(
+                question.model, "pp", configuration.pp, f"the model has {facts.layers} layers: every stage needs one"
+            )
         rows = []
         for batch in (1, 2) if question.batch > 1 else (1, 1):
             found = self.extrapolated(question.model, configuration.precision, batch)

@@ -11,18 +11,29 @@ from systems.common.errors import InputError
 def write(path: Path, text: str) -> None:
     """Put `text` at `path` in one step: under a temporary name in the same folder, flushed to disk, renamed.
 
-    Raises InputError when the disk or the folder refuses. Then `path` is as it was before.
+    A link stays a link, and a device or a pipe (/dev/stdout) is written to, never replaced. Raises InputError when the disk
+    or the folder refuses. Then `path` is as it was before.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        try:
-            with temporary.open("w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            temporary.replace(path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        target = path.resolve()
+        if target.is_dir():
+            raise InputError(path, "--out", str(path), "is a folder: name a file in it")
+        if target.exists() and not target.is_file():
+            target.write_text(text, encoding="utf-8")
+        else:
+            _replace(target, text)
     except OSError as error:
         mend = f"cannot be written ({error.strerror}): free space, or choose another folder"
         raise InputError(path, "--out", str(path.parent), mend) from error
+
+
+def _replace(target: Path, text: str) -> None:
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from systems.common.errors import InputError
 from systems.common.models import ModelShape
-from systems.maveriq.configuration import DTYPES, Precision
+from systems.maveriq.configuration import DTYPES, MOST, Precision, whole_number
 
 Layout = tuple[int, int]
 """(TP, PP)."""
@@ -127,6 +127,14 @@ class Fingerprints:
             found.setdefault(setting.model, set()).add(setting.precision)
         return {model: tuple(sorted(has, key=_rank)) for model, has in found.items()}
 
+    @cached_property
+    def most_ranks(self) -> Mapping[str, int]:
+        """The largest TP degree measured, by model."""
+        found: dict[str, int] = {}
+        for setting in self.points:
+            found[setting.model] = max(setting.tp, found.get(setting.model, 1))
+        return found
+
     def precisions(self, model: str) -> tuple[Precision, ...]:
         """The precisions that `model` was measured at, in the order of `DTYPES`. Raises InputError for an unknown model."""
         if model not in self._precisions:
@@ -175,7 +183,7 @@ def read_fingerprints(file: Path, *, even_only: bool = False) -> Fingerprints:
 
     The number of layers is the sum of `PP_Map`; with `even_only`, rows with uneven stages are passed over.
     A file speaks of one regime of prompts. The authors' two files measure the same points with long (923 tokens) and short
-    prompts, so a point that comes twice with two latencies is refused.
+    prompts, so a point that comes twice with two latencies or two memories is refused.
 
     Raises:
         InputError: the file can't be read, a column is missing, a cell is no usable number, or a point contradicts another.
@@ -186,12 +194,8 @@ def read_fingerprints(file: Path, *, even_only: bool = False) -> Fingerprints:
             places = _places(file, next(rows, []))
             measured: dict[Setting, Point] = {}
             for setting, point, line in _rows(file, rows, places, even_only):
-                if setting in measured and abs(measured[setting].latency_s - point.latency_s) > _SAME:
-                    shown = f"{setting.model} ({setting.tp},{setting.pp}) {setting.dtype} {setting.layers} layers"
-                    raise InputError(
-                        f"{file} line {line}", "Latency", shown,
-                        "the same point came before with another latency: never join files of long and short prompts",
-                    )  # fmt: skip
+                if setting in measured:
+                    _check_same(f"{file} line {line}", setting, measured[setting], point)
                 measured[setting] = point
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InputError(file, "file", str(error), "give a CSV file of fingerprints with the authors' columns") from error
@@ -200,8 +204,21 @@ def read_fingerprints(file: Path, *, even_only: bool = False) -> Fingerprints:
     return Fingerprints(str(file), measured)
 
 
+def _check_same(where: str, setting: Setting, before: Point, now: Point) -> None:
+    """Raise InputError where one point was measured twice and differs."""
+    shown = f"{setting.model} ({setting.tp},{setting.pp}) {setting.dtype} {setting.layers} layers"
+    if abs(before.latency_s - now.latency_s) > _SAME:
+        mend = "the same point came before with another latency: never join files of long and short prompts"
+        raise InputError(where, "Latency", shown, mend)
+    if abs(before.memory_gib - now.memory_gib) > _SAME:
+        raise InputError(where, "Memory-After-Run", shown, "the same point came before with another memory: keep one of them")
+
+
 def _places(file: Path, header: Sequence[str]) -> dict[str, int]:
     names = [name.strip() for name in header]
+    twice = next((name for theirs in COLUMNS.values() for name in theirs if names.count(name) > 1), None)
+    if twice is not None:
+        raise InputError(file, "columns", twice, "this column comes twice: keep one")
     places = {}
     for ours, theirs in COLUMNS.items():
         found = [names.index(name) for name in theirs if name in names]
@@ -267,7 +284,7 @@ class _Row:
             value = float(cell)
         except ValueError:
             value = math.nan
-        if not (math.isfinite(value) and value > 0):
+        if not 0 < value <= MOST:
             raise self.bad(key, "needs a finite number above 0: measure the point again, or take the row out")
         return value
 
@@ -288,9 +305,10 @@ class _Row:
     def stages(self) -> list[int]:
         """Layers of each stage."""
         parts = self.text("pp_map").split()
-        if not all(part.isdecimal() for part in parts):
+        layers = [whole_number(part) for part in parts]
+        if None in layers:
             raise self.bad("pp_map", "write the layers of each stage, separated by spaces")
-        return [int(part) for part in parts]
+        return [one for one in layers if one is not None]
 
     def time(self) -> float:
         """The profiling time, NaN where the file has none: only costs need it."""

@@ -38,9 +38,9 @@ _WHOLE_NOISE, _PRINT_NOISE = 0.02, 0.05
 _NOISE_WEIGHT = 5.0
 _SHARED = 2.0
 """Whole models: rows of one configuration (output lengths) share most of their error, so each counts for less."""
-_NOISE_FACTOR = 1.5
-"""Noise is thought to be what it was on the machine of the priors, up to about this factor."""
-_STRANGE, _LINES = 0.4, 1.0
+NOISE_FACTOR, NOISE_FACTOR_ELSEWHERE = 1.5, 4.0
+"""Noise is thought to be what it was on the machine of the priors, up to about this factor; another one's may be far less."""
+STRANGE, _LINES = 0.4, 1.0
 """From this strangeness on a machine may also break the terms' form: `Rows.lines` count, each up to about `_LINES` times the
 strangeness of its own size."""
 _SAME_PACE = 0.2
@@ -244,14 +244,19 @@ def widths(prior: Prior, groups: Mapping[str, tuple[str, ...]], least: float = 0
     return tuple(tried)
 
 
-def update(prior: Prior, rows: Rows, tried: Sequence[Width]) -> Posterior:
-    """A model's constants after its fingerprints `rows`, at the width with the most evidence (no rows: the least width)."""
+def update(
+    prior: Prior, rows: Rows, tried: Sequence[Width], factors: tuple[float, float] = (NOISE_FACTOR, NOISE_FACTOR)
+) -> Posterior:
+    """A model's constants after its fingerprints `rows`, at the width with the most evidence (no rows: the least width).
+
+    `factors` say how far the noise may be from the priors', below `STRANGE` and from there on.
+    """
     noise = prior.print_noise[rows.noise_class]
     error = (1 - rows.terms @ prior.mean) / noise
     best: Posterior | None = None
     for width in tried if len(noise) else tried[:1]:
         terms, mean, (strangeness, covariance, root) = rows.terms, prior.mean, width
-        if rows.lines is not None and strangeness >= _STRANGE:
+        if rows.lines is not None and strangeness >= STRANGE:
             terms, mean = np.hstack([terms, rows.lines]), np.append(mean, np.zeros(rows.lines.shape[1]))
             _, covariance, root = width.with_lines(rows.lines.shape[1])
         scaled = terms / noise[:, None]
@@ -263,9 +268,10 @@ def update(prior: Prior, rows: Rows, tried: Sequence[Width]) -> Posterior:
         for noisiness in NOISINESS if len(noise) else (1.0,):
             total = noisiness**2 + strength**2
             square = float(np.sum(seen**2 / total)) + unseen / noisiness**2
+            factor = np.log(factors[strangeness >= STRANGE])
             grown = float(np.sum(np.log(total))) + 2 * max(0, len(noise) - len(total)) * np.log(noisiness)
             # indifferent fingerprints leave prior and noise as they were learned
-            evidence = -0.5 * (grown + square) - np.log1p(strangeness) - 0.5 * (np.log(noisiness) / np.log(_NOISE_FACTOR)) ** 2
+            evidence = -0.5 * (grown + square) - np.log1p(strangeness) - 0.5 * (np.log(noisiness) / factor) ** 2
             if best is None or evidence > best.evidence:
                 moved = mean + root @ (strength / total * seen)
                 best = Posterior(moved, rest + (root * noisiness**2 / total) @ root.T, strangeness, noisiness, evidence)

@@ -6,13 +6,14 @@
 * A model's fingerprints correct the constants (`hierarchy.update`); on another machine they overrule them, and the intervals
   grow with what the fingerprints leave open.
 * Fingerprints used are those of `improved_points`, which cost no more than the paper's grid, where the file holds them;
-  otherwise everything on one and two stages that the file has. A missing layout is no error: the machine's constants stand in.
+  otherwise everything on one and two stages that the file has; on another machine everything that the file has. A missing
+  layout is no error: the machine's constants stand in, or on another machine the paper's law (`ranks.py`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -30,6 +31,9 @@ from systems.maveriq.configuration import (
 )
 from systems.maveriq.fingerprint import Fingerprints, Point, Setting, improved_points
 from systems.maveriq.hierarchy import (
+    NOISE_FACTOR,
+    NOISE_FACTOR_ELSEWHERE,
+    STRANGE,
     Posterior,
     Prior,
     Width,
@@ -43,6 +47,7 @@ from systems.maveriq.hierarchy import (
 )
 from systems.maveriq.lines import Split, latency_lines, memory_lines, splits
 from systems.maveriq.priors import PRIORS, Priors, read_priors
+from systems.maveriq.ranks import Growth, beyond, growth, lined
 from systems.maveriq.terms import (
     LATENCY_GROUPS,
     LONG_PROMPT,
@@ -82,6 +87,22 @@ class Learned:
     memory: tuple[Prior, Posterior]
     splits: tuple[Split, ...]
     notes: tuple[str, ...]
+    lined: frozenset[int] = frozenset()
+    growth: Mapping[int, Growth] = field(default_factory=dict)
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the machine is another than that of the priors."""
+        return self.pace != 1.0 or self.latency[1].strangeness > _SIMILAR
+
+    @property
+    def unlike(self) -> bool:
+        """Whether it is not that machine at another pace either: the priors' terms and constants say little."""
+        return self.latency[1].strangeness >= STRANGE
+
+    def lacks(self, tp: int) -> bool:
+        """Whether the paper's law must stand in for `tp` ranks."""
+        return self.unlike and tp > 2 and tp not in self.lined and {1, 2} <= self.lined
 
 
 class ImprovedEstimator:
@@ -147,7 +168,12 @@ class ImprovedEstimator:
         """What the fingerprints of `model` taught. Raises InputError when there are none, or when its depth is not known."""
         if model not in self._learned:
             self._fingerprints.precisions(model)
-            self._learned[model] = self._learn(facts_of(model, self._models))
+            facts = facts_of(model, self._models)
+            found = self._learn(facts, self.used(model))
+            everything = self._fingerprints.select(s for s in self._fingerprints.points if s.model == model)
+            if found.unlike and len(everything.points) > len(self.used(model).points):
+                found = self._learn(facts, everything)
+            self._learned[model] = found
         return self._learned[model]
 
     def used(self, model: str) -> Fingerprints:
@@ -161,10 +187,10 @@ class ImprovedEstimator:
             return self._fingerprints.select(mine if self._use_all or not few else few)
         return self._fingerprints.select(chosen)
 
-    def _learn(self, facts: ModelFacts) -> Learned:
+    def _learn(self, facts: ModelFacts, used: Fingerprints) -> Learned:
         priors = read_priors(PRIORS) if self._priors is None else self._priors
         latency, memory = priors.of(facts.name)
-        points = self.used(facts.name).points
+        points = used.points
         # shapes that are not known are as good as another machine
         doubt = 0.0 if facts.is_whole else _DOUBT
         wide = widths(latency, LATENCY_GROUPS, doubt)
@@ -175,12 +201,27 @@ class ImprovedEstimator:
         rows = rows._replace(lines=lines / np.array([[point.latency_s * 1e3] for point in points.values()]))
         lines = memory_lines(measured, known, self._models, prompt, memory.mean)
         gib = gib._replace(lines=lines / np.array([[point.memory_gib] for point in points.values()]))
-        posterior = update(latency, at_pace(rows, pace), wide)
+        factors = NOISE_FACTOR if pace == 1.0 else NOISE_FACTOR_ELSEWHERE, NOISE_FACTOR_ELSEWHERE
+        posterior = update(latency, at_pace(rows, pace), wide, factors)
+        if posterior.noisiness > 1 and posterior.strangeness < STRANGE:  # what doesn't fit is no noise: fingerprints are exact
+            wide = tuple(width for width in wide if width.strangeness >= STRANGE)
+            posterior = update(latency, at_pace(rows, pace), wide, factors)
         remembered = update(memory, gib, widths(memory, MEMORY_GROUPS, doubt))
         notes = [] if facts.is_whole else [f"{facts.name}: widths not known, nominal ones used"]
         if pace != 1.0 or posterior.strangeness > _SIMILAR:
             notes.append("another machine than that of the priors: fingerprints overrule them, intervals are wider")
-        return Learned(prompt, pace, (latency, slowed(posterior, pace)), (memory, remembered), known, tuple(notes))
+        pair = latency, slowed(posterior, pace)
+        found = Learned(prompt, pace, pair, (memory, remembered), known, tuple(notes), lined(points))
+        return replace(found, growth=self._growths(found, points))
+
+    def _growths(self, learned: Learned, points: Mapping[Setting, Point]) -> Mapping[int, Growth]:
+        """How overheads grow at the ranks of `points` that have no lines of their own."""
+        found = {}
+        for tp in sorted({s.tp for s in points if learned.lacks(s.tp)}):
+            measured = [s for s in points if s.tp == tp]
+            single, split = (self._latency(learned, [replace(s, tp=ranks) for s in measured])[0] for ranks in (1, 2))
+            found[tp] = growth(tp, single, split, np.array([points[s].latency_s for s in measured]))
+        return found
 
     def _regime(self, latency: Prior, wide: Sequence[Width], points: Mapping[Setting, Point]) -> tuple[float, float]:
         """The prompt length, and the pace of the machine, that the fingerprints speak for most."""
@@ -207,11 +248,12 @@ class ImprovedEstimator:
         gaps = []
         if asked.precision not in has.precisions(asked.model):
             gaps.append(f"no fingerprint of {asked.dtype}{' + int8 KV' if asked.int8_kv else ''}")
-        if asked.tp > max((s.tp for s in has.points if s.model == asked.model), default=1):
+        if asked.tp > has.most_ranks[asked.model]:
             gaps.append(f"no fingerprint of {asked.tp} ranks")
         return tuple(gaps)
 
-    def _answers(self, learned: Learned, asked: Sequence[Setting]) -> Floats:
+    def _latency(self, learned: Learned, asked: Sequence[Setting]) -> tuple[Floats, Floats]:
+        """Seconds and their relative standard deviation, by the terms."""
         found = settings(asked, self._models, learned.prompt)
         classes = noise_class(found.tp, found.pp)
         once, token, squared = latency_terms(found)
@@ -230,10 +272,27 @@ class ImprovedEstimator:
         # each part at or above 0, so that a longer answer never takes less time
         start, each, grows = (np.maximum(0.0, part @ posterior.mean) for part in (once, token, squared))
         latency_s = (start + found.length * np.maximum(each, least) + found.length**2 * grows) / 1e3
-        spread = share * np.maximum(1.0, np.abs(value) / 1e3 / latency_s)
-        further = _ELSEWHERE if learned.pace != 1.0 or posterior.strangeness > _SIMILAR else 1.0
+        return latency_s, share * np.maximum(1.0, np.abs(value) / 1e3 / latency_s)
+
+    def _lawful(self, learned: Learned, asked: Sequence[Setting]) -> tuple[Floats, Floats]:
+        """The same by the paper's law between one and two ranks."""
+        single, split = (self._latency(learned, [replace(s, tp=ranks) for s in asked]) for ranks in (1, 2))
+        none = np.zeros(0)
+        grown = [learned.growth.get(s.tp) or growth(s.tp, none, none, none) for s in asked]
+        value, deviation = np.array(grown).T
+        return beyond(np.array([float(s.tp) for s in asked]), (value, deviation), single, split)
+
+    def _answers(self, learned: Learned, asked: Sequence[Setting]) -> Floats:
+        latency_s, spread = self._latency(learned, asked)
+        lacking = [place for place, s in enumerate(asked) if learned.lacks(s.tp)]
+        if lacking:
+            latency_s[lacking], spread[lacking] = self._lawful(learned, [asked[place] for place in lacking])
+        found = settings(asked, self._models, learned.prompt)
+        classes = noise_class(found.tp, found.pp)
+        further = _ELSEWHERE if learned.elsewhere else 1.0
         batched = found.batch > 2
-        low, high = _interval(latency_s, np.hypot(spread, batched * _BATCH_SHARE[0]), further * prior.margin(self._level))
+        margin = learned.latency[0].margin(self._level)
+        low, high = _interval(latency_s, np.hypot(spread, batched * _BATCH_SHARE[0]), further * margin)
         prior, posterior = learned.memory
         terms = memory_terms(found)
         least = _LEAST * np.abs(terms) @ prior.scale

@@ -18,8 +18,9 @@ from systems.maveriq.terms import latency_terms, memory_terms, settings
 
 Split = tuple[int, str, bool, int]
 """(TP, dtype, int8_kv, batch)."""
-_LEAST = 0.05
-"""A line's unit is at least this share of the largest of its kind."""
+_LATENCY_LEAST, _MEMORY_LEAST = 0.5, 0.05
+"""A line's unit is at least this share of the largest of its kind. Latency: prefill per layer follows from a prompt length that
+may not be known, so its unit says little."""
 
 
 def splits(found: Sequence[Setting]) -> tuple[Split, ...]:
@@ -42,7 +43,10 @@ def latency_lines(
         rest = np.stack([once1 @ mean, token1 @ mean], axis=1) - layer
         return np.stack([rest[:, 0], layer[:, 0], rest[:, 1], layer[:, 1]], axis=1)
 
-    return _columns(asked, known, units, lambda s: (1, s.layers, s.output_length, s.layers * s.output_length))
+    def factors(s: Setting) -> tuple[int, ...]:
+        return 1, s.layers, s.output_length, s.layers * s.output_length
+
+    return _columns(asked, known, units, factors, _LATENCY_LEAST)
 
 
 def memory_lines(
@@ -54,7 +58,7 @@ def memory_lines(
         first, second = (memory_terms(settings(some, models, prompt)) @ mean for some in (one, two))
         return np.stack([2 * first - second, second - first], axis=1)
 
-    return _columns(asked, known, units, lambda s: (1, s.layers))
+    return _columns(asked, known, units, lambda s: (1, s.layers), _MEMORY_LEAST)
 
 
 def _columns(
@@ -62,12 +66,13 @@ def _columns(
     known: Sequence[Split],
     units: Callable[[Sequence[Setting], Sequence[Setting]], Floats],
     factors: Callable[[Setting], tuple[int, ...]],
+    least: float,
 ) -> Floats:
     if not asked:
         return np.zeros((0, 0))
     one = [replace(s, pp=1, layers=1) for s in asked]
     size = np.abs(units(one, [replace(s, layers=2) for s in one]))
-    size = np.maximum(size, _LEAST * size.max(axis=1, keepdims=True))
+    size = np.maximum(size, least * size.max(axis=1, keepdims=True))
     found = np.zeros((len(asked), len(known), size.shape[1]))
     places = {split: place for place, split in enumerate(known)}
     for row, setting in enumerate(asked):

@@ -81,7 +81,7 @@ def place_on(
     if layers < pp:
         return NoRoom(f"{pp} stages are more than its {layers} layers")
     taken = order[: tp * pp]
-    rooms = [min(capacity(gpu, per_layer_gib, buffer) for gpu in taken[i * tp : i * tp + tp]) for i in range(pp)]
+    rooms = [min(capacity(gpu, per_layer_gib, layers, buffer) for gpu in taken[i * tp : i * tp + tp]) for i in range(pp)]
     counts = fill(layers, rooms)
     if sum(counts) < layers:
         return NoRoom(f"the {tp * pp} freest GPUs have room for {sum(counts)} of {layers} layers of {per_layer_gib:.3f} GiB")
@@ -91,13 +91,13 @@ def place_on(
     return Placement(tuple(counts), tuple(gpu.index for gpu in taken), gib)
 
 
-def capacity(gpu: GpuState, per_layer_gib: float, buffer: float = 0.0) -> int:
-    """Layers that fit on one GPU: the most for which used + layers x per_layer does not exceed the limit."""
+def capacity(gpu: GpuState, per_layer_gib: float, layers: int, buffer: float = 0.0) -> int:
+    """Of `layers` those that fit on one GPU: the most for which used + layers x per_layer does not exceed the limit."""
     limit, used = gpu.total_gib * (1 - buffer), gpu.used_gib
-    guess = max(0, math.floor((limit - used) / per_layer_gib))
+    guess = math.floor(min(layers, max(0.0, (limit - used) / per_layer_gib)))
     while guess and used + guess * per_layer_gib > limit:  # rounding of the division
         guess -= 1
-    while used + (guess + 1) * per_layer_gib <= limit:
+    while guess < layers and used + (guess + 1) * per_layer_gib <= limit:
         guess += 1
     return guess
 

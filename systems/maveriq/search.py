@@ -14,7 +14,16 @@ from functools import lru_cache
 import numpy as np
 
 from systems.common.errors import InputError
-from systems.maveriq.configuration import Configuration, Estimate, Estimates, Estimator, ModelFacts, Question, facts_of
+from systems.maveriq.configuration import (
+    MOST,
+    Configuration,
+    Estimate,
+    Estimates,
+    Estimator,
+    ModelFacts,
+    Question,
+    facts_of,
+)
 from systems.maveriq.intents import INTENTS
 from systems.maveriq.models import Support
 from systems.maveriq.placement import GpuState, NoRoom, Placement, most_free_first, place_on
@@ -43,10 +52,10 @@ class Wish:
         for key, value, known in (("intent", self.intent, tuple(INTENTS)), ("strategy", self.strategy, STRATEGIES)):
             if value not in known:
                 raise InputError("request", key, value, f"use one of {', '.join(known)}")
-        for key, number, least in (("batch", self.batch, 1), ("output_length", self.output_length, 1)):
-            if number < least:
-                raise InputError("request", key, number, "use a whole number of at least 1")
-        for key, limit in (("slo", self.slo_s), ("accuracy", self.accuracy), ("threshold", self.threshold)):
+        for key, number in (("batch", self.batch), ("output_length", self.output_length)):
+            if not 1 <= number <= MOST:
+                raise InputError("request", key, number, f"use a whole number from 1 to {MOST}")
+        for key, limit in (("slo", self.slo_s), ("accuracy", self.accuracy), ("packing_threshold", self.threshold)):
             if not np.isfinite(limit) or (key != "slo" and limit < 0):
                 raise InputError("request", key, limit, "use a finite number that is not negative")
         return self
@@ -101,8 +110,11 @@ class Search:
 
         Raises InputError for a model that has no facts or no fingerprints.
         """
-        facts = facts_of(model, self.facts)
         precisions = self.estimator.precisions(model)
+        facts = facts_of(model, self.facts)
+        if facts.tensor_parallel and not facts.hidden:
+            mend = "the degrees of tensor parallelism divide it: give it in a file for --models, or tensor_parallel: false"
+            raise InputError("models", f"{model}.hidden", facts.hidden, mend)
         found = (
             Configuration(tp, pp, dtype, int8_kv)
             for tp in degrees(facts, gpus)
@@ -206,7 +218,7 @@ class Search:
 @lru_cache(maxsize=256)
 def degrees(facts: ModelFacts, gpus: int) -> tuple[int, ...]:
     """Tensor-parallel degrees to try: divisors of the hidden size up to `gpus`; 1 where the model can't be split."""
-    if not facts.tensor_parallel or not facts.hidden:
+    if not facts.tensor_parallel:
         return (1,)
     return tuple(tp for tp in range(1, gpus + 1) if facts.hidden % tp == 0)
 

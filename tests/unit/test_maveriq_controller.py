@@ -204,7 +204,7 @@ class TestWords:
             "", "hello", "a hello b", "deploy", "deploy a", "deploy a m", "deploy a m 20", "deploy a m x min_cost",
             "deploy a m 20 cheap", "deploy a m 20 min_cost soon", "deploy a m 0 min_cost", "deploy a m 20 min_cost 0 0 best",
             "deploy a m 20 min_cost 0 0 llf 0", "deploy a m 20 min_cost 0 0 llf 1 0 extra", "inference a",
-            "remove", "remove a b", "register m",
+            "remove", "remove a b", "register",
         ],
     )  # fmt: skip
     def test_a_wrong_line_is_one_line_back(self, line):

@@ -80,7 +80,7 @@ def test_it_fits_whenever_any_choice_of_gpus_would(used, tp, layers, per_layer):
     for pp in range(1, len(gpus) // tp + 1):
         could = False
         for order in permutations(gpus, tp * pp):
-            rooms = [min(capacity(gpu, per_layer) for gpu in order[i * tp : i * tp + tp]) for i in range(pp)]
+            rooms = [min(capacity(gpu, per_layer, layers) for gpu in order[i * tp : i * tp + tp]) for i in range(pp)]
             could |= min(rooms) >= 1 and sum(rooms) >= layers >= pp
         assert isinstance(place(layers, per_layer, tp, pp, gpus), Placement) == could
 
@@ -89,7 +89,8 @@ def test_it_fits_whenever_any_choice_of_gpus_would(used, tp, layers, per_layer):
 @given(st.floats(0, TOTAL), st.floats(0.001, 10))
 def test_capacity_is_the_most_that_fits(used, per_layer):
     gpu = GpuState(0, TOTAL, used)
-    most = capacity(gpu, per_layer)
+    most = capacity(gpu, per_layer, 10**6)
+    assert capacity(gpu, per_layer, 3) == min(3, most)
     assert used + most * per_layer <= TOTAL < used + (most + 1) * per_layer
 
 

@@ -145,7 +145,7 @@ def test_estimates_that_mean_nothing_are_dropped():
         (Wish("m", output_length=0), "output_length"),
         (Wish("m", slo_s=math.nan), "slo"),
         (Wish("m", accuracy=-1), "accuracy"),
-        (Wish("n"), "model"),
+        (Wish("n"), "Model"),
     ],
 )
 def test_a_wish_that_means_nothing_is_one_line(wish, key):

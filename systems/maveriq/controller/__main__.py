@@ -29,6 +29,7 @@ from systems.maveriq.controller.driver import Controller
 from systems.maveriq.controller.engines import REQUEST_S, Argv, check_argv, serve_argv
 from systems.maveriq.controller.library import Library
 from systems.maveriq.controller.memory import Budgets, Memory, Nvml
+from systems.maveriq.controller.profiling import PROFILER, Profiler
 from systems.maveriq.controller.queues import QUEUES
 
 UNUSABLE = 2
@@ -40,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = _arguments().parse_args(argv)
         library = Library.read(args.fingerprints, args.mode, args.models)
         core = Core(library.search(), QUEUES[args.queue]())
-        controller = Controller(core, _memory(args), _engine(args), library, args.timeout_s)
+        profiler = Profiler(args.profiles, (*PROFILER, *shlex.split(args.profile_options)))
+        controller = Controller(core, _memory(args), _engine(args), library, args.timeout_s, profiler)
         return asyncio.run(_run(controller, args))
     except InputError as error:
         print(error, file=sys.stderr)
@@ -146,6 +148,8 @@ def _arguments() -> argparse.ArgumentParser:
     add("--engine-shape", default="tiny", help="shape that engines run; `model` for the deployment's own (default: tiny)")
     add("--engine-options", default="", help="further options of `python -m systems.common.serve`, quoted as one")
     add("--engine-command", help="another command for engines; the model's name is put behind it")
+    add("--profiles", type=Path, default=Path("maveriq_profiles"), help="folder for what `register` measures (%(default)s)")
+    add("--profile-options", default="", help="options of `python -m systems.maveriq.profile` for `register`, quoted as one")
     add("--timeout-s", type=float, default=REQUEST_S, help=f"limit of a request (default: {REQUEST_S:g})")
     add("--http", type=int, metavar="PORT", help="serve HTTP instead of reading commands; 0: a free port, printed")
     add("--host", default="127.0.0.1", help="address for --http")

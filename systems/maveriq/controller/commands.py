@@ -13,10 +13,10 @@ from systems.maveriq.strategies import STRATEGIES
 
 @dataclass(frozen=True, slots=True)
 class Register:
-    """`register MODEL FILE.csv`."""
+    """`register MODEL [FILE.csv]`; without a file the profiler measures."""
 
     model: str
-    file: Path
+    file: Path | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,10 @@ class Remove:
 Command = Register | Deploy | Inference | Remove
 
 USAGE = {
-    "register": "register MODEL FILE.csv: read its fingerprints into the table that decisions use",
+    "register": (
+        "register MODEL [FILE.csv]: take its fingerprints into the table that decisions use, from a file or measured now "
+        "(minutes; nothing else should use the GPUs)"
+    ),
     "deploy": (
         "deploy ID MODEL OUTPUT_LENGTH INTENT [SLO_S=0] [FP16ONLY=0] [STRATEGY=llf] [BATCH=1] [ACCURACY=0]: "
         f"choose, place and load a model; INTENT is one of {', '.join(INTENTS)}, STRATEGY one of {', '.join(STRATEGIES)}; "
@@ -67,10 +70,10 @@ def parse(line: str) -> Command:
     if verb not in USAGE:
         raise InputError("controller", "command", verb, f"use one of {', '.join(USAGE)}")
     rest = words[2] if len(words) > 2 else ""
-    if len(words) < 2 or (verb != "remove" and not rest.strip()):
+    if len(words) < 2 or (verb not in ("remove", "register") and not rest.strip()):
         raise InputError("controller", verb, line, USAGE[verb])
     if verb == "register":
-        return Register(words[1], Path(rest.strip()))
+        return Register(words[1], Path(rest.strip()) if rest.strip() else None)
     if verb == "deploy":
         return Deploy(words[1], _wish(rest.split(), line))
     if verb == "remove":

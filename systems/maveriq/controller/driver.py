@@ -19,6 +19,7 @@ from systems.maveriq.controller.core import Core, Death, Deployment, Ticket
 from systems.maveriq.controller.engines import REQUEST_S, Argv, Engine, EngineDiedError, RequestFailedError, start
 from systems.maveriq.controller.library import Library
 from systems.maveriq.controller.memory import Memory, Nvml
+from systems.maveriq.controller.profiling import Profiler
 from systems.maveriq.search import Refusal, Wish
 
 WINDOW_S = 120.0
@@ -46,6 +47,7 @@ class Controller:
     argv: Argv
     library: Library
     timeout_s: float = REQUEST_S
+    profiler: Profiler | None = None
     records: list[Answer] = field(default_factory=list)
     _engines: dict[str, Engine] = field(default_factory=dict)
     _loads: dict[str, asyncio.Task[None]] = field(default_factory=dict)
@@ -112,12 +114,16 @@ class Controller:
         self._pump()
         return len(lost)
 
-    async def register(self, model: str, file: Path) -> int:
-        """Take the fingerprints of `model` from a CSV file into the table of decisions.
+    async def register(self, model: str, file: Path | None = None) -> int:
+        """Take the fingerprints of `model` into the table of decisions; returns how many.
 
-        The artifact's `register` writes a file that nobody reads. Raises InputError for an unusable file or one without
-        `model`.
+        From `file`, or measured now by the profiler (minutes, with GPUs to itself). The artifact's `register` writes a file
+        that nobody reads. Raises InputError for an unusable file or one without `model`, and where measuring failed.
         """
+        if file is None:
+            if self.profiler is None:
+                raise InputError("controller", "register", model, "there is no profiler here: give a file of fingerprints")
+            file = await self.profiler.run(model)
         self.library, count = await asyncio.to_thread(self.library.having, model, file)
         self.core.search = self.library.search()
         return count
@@ -151,7 +157,9 @@ class Controller:
         ]
 
     async def close(self) -> None:
-        """Fail what waits, end every engine, return when all have ended."""
+        """Fail what waits, end every engine and the profiler, return when all have ended."""
+        if self.profiler is not None:
+            await self.profiler.close()
         await asyncio.gather(*(self.remove(name) for name in list(self.core.deployments)), return_exceptions=True)
         for task in self._tasks:
             task.cancel()

@@ -117,7 +117,7 @@ async def start(deployment: Deployment, argv: Argv, devices: Sequence[int], star
             stderr=asyncio.subprocess.PIPE,
             start_new_session=True,
             env={**os.environ, **_visible(devices)},
-            preexec_fn=_end_with_parent,
+            preexec_fn=end_with_parent,
         )
     except OSError as error:
         raise EngineDiedError(f"{command[0]} can't be started: {error}") from error
@@ -170,7 +170,8 @@ _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 _PR_SET_PDEATHSIG = 1
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
+    """Called in a child before it becomes its command: SIGTERM from the kernel when the parent dies (Linux)."""
     if _LIBC is not None:
         _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 

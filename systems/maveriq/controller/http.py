@@ -4,7 +4,7 @@
     GET  /deployments        what is deployed
     GET  /gpus               what the GPUs hold, and how busy they are
     GET  /records            what came of every request
-    POST /register           {"model", "file"}
+    POST /register           {"model", "file"}; without `file` the profiler measures, and the answer takes minutes
     POST /deploy             {"id", "model", "output_length", "intent", "slo", "fp16_only", "strategy", "batch", "accuracy"}
     POST /inference          {"id", "text", "prior"}
     POST /remove             {"id"}
@@ -87,8 +87,9 @@ class App:
         return {"records": [asdict(record) for record in self._controller.records]}
 
     async def _register(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
-        given = _checked(body, {"model": str, "file": str}, ("model", "file"))
-        return {"model": given["model"], "fingerprints": await self._controller.register(given["model"], Path(given["file"]))}
+        given = _checked(body, {"model": str, "file": str}, ("model",))
+        file = Path(given["file"]) if "file" in given else None
+        return {"model": given["model"], "fingerprints": await self._controller.register(given["model"], file)}
 
     async def _deploy(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
         given = _checked(body, _DEPLOY, ("id", "model"))
