@@ -149,7 +149,7 @@ def _new(venv: Path, state: State) -> None:
         raise BuildError(f"{venv}: not made by make and not usable: remove it, or rename it, and run again")
     if importlib.util.find_spec("ensurepip") is None:
         raise BuildError(f"{sys.executable}: has no ensurepip: install it (Debian, Ubuntu: apt-get install python3-venv)")
-    print(f"{venv}: making it, with Python {sys.version.split()[0]}: about 130 MB to download, half a minute", flush=True)
+    print(f"{venv}: making it, with Python {sys.version.split()[0]}: about 165 MB to download, half a minute", flush=True)
     if venv.is_symlink() or venv.is_file():
         venv.unlink()
     elif venv.exists():

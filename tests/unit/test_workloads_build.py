@@ -26,14 +26,16 @@ FIG8A = {
     "mean_output_tokens": 198,
 }
 REPLAY = {"arrivals": "replay", "trace": "azure_conv", "rate_rps": 4.15, "requests": 1000, "lengths": "trace"}
-ABSENT = {"sharegpt_lengths": None, "azure_conv": None, "burstgpt": None}
+ABSENT = dict.fromkeys(("sharegpt_lengths", "sharegpt_turns", "azure_conv", "burstgpt", "azure_functions_2021"))
 
 
 def without(declaration, *keys):
     return {key: value for key, value in declaration.items() if key not in keys}
 
 
+CALLED = {"arrivals": "functions", "trace": "azure_functions_2021", "adapters": 8, "requests": 40}
 EXAMPLES = [
+    without(STEADY, "seconds") | CALLED,
     STEADY,
     STEADY | {"arrivals": "deterministic"},
     STEADY | {"arrivals": "gamma", "cv": 6.0},

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from systems.common.core import Request
 from systems.common.errors import InputError
 from systems.common.workloads import adapters as adapter_patterns
-from systems.common.workloads import arrivals, lengths
+from systems.common.workloads import arrivals, functions, lengths
 from systems.common.workloads.arrivals import Extent
 from systems.common.workloads.catalogue import read
 from systems.common.workloads.declaration import Declaration
@@ -65,6 +65,7 @@ class _Builder:
         self.keys, self.datasets, self.seed = declaration, datasets, seed
         self.notes: list[str] = []
         self.replayed: tuple[str, Recorded, int] | None = None  # name, content and first row of the trace, once replayed
+        self.callers: IntArray | None = None  # adapter of each request, where the arrivals decide it
 
     def note(self, text: str) -> None:
         if text not in self.notes:
@@ -129,6 +130,28 @@ class _Builder:
             self.note(f"{name}: arrivals rescaled to {rate_rps:g} req/s")
         return arrivals.replay(recorded.arrivals(name), extent, rate_rps, skip)
 
+    def functions(self) -> FloatArray:
+        name = self._trace()
+        if name not in self.datasets:
+            raise self.keys.error(
+                "trace", name, f"add it under `datasets` (there: {', '.join(sorted(self.datasets)) or 'none'})"
+            )
+        path = self.datasets[name]
+        trace = functions.function_trace(name, path)
+        if path is None:
+            self.note(f"{name}: synthetic stand-in")
+        adapters, requests = self.keys.whole("adapters"), self.keys.whole("requests")
+        if adapters is None or requests is None:
+            raise self.keys.error(
+                "adapters" if adapters is None else "requests", None, "missing: give a whole number, at least 1"
+            )
+        counts = trace.window(self.keys.whole("window_hours", default=1) or 1)
+        stride = self.keys.whole("map_stride", default=1) or 1
+        striped = functions.stripe(counts, adapters, stride, self.keys.flag("by_popularity"))
+        rate_rps, cv, correlated = self.keys.need("rate_rps"), self.keys.number("cv") or 1.0, self.keys.flag("correlated")
+        times, self.callers = functions.replay(striped, self.stream("arrivals"), requests, rate_rps, cv, correlated)
+        return times
+
     # One method per rule of lengths; any other value of `lengths` is a dataset's name.
 
     def fixed_lengths(self, count: int) -> Lengths:
@@ -169,6 +192,8 @@ class _Builder:
         return lengths.sample(table, self.stream("lengths"), count, self.keys.flag("lengths_replacement"))
 
     def adapters(self, count: int) -> tuple[str | None, ...]:
+        if self.callers is not None:
+            return tuple([f"adapter-{k}" for k in self.callers.tolist()])
         number = self.keys.whole("adapters")
         if number is None:
             return ()
@@ -200,6 +225,7 @@ _ARRIVALS: Mapping[str, Callable[[_Builder], FloatArray]] = {
     "piecewise": _Builder.piecewise,
     "mmpp": _Builder.mmpp,
     "replay": _Builder.replay,
+    "functions": _Builder.functions,
 }
 
 _LENGTHS: Mapping[str, Callable[[_Builder, int], Lengths]] = {

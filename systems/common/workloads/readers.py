@@ -179,6 +179,28 @@ def sharegpt_lengths(path: Path) -> Recorded:
     return Recorded(input_tokens=table.tokens("num_prefill_tokens"), output_tokens=table.tokens("num_decode_tokens"))
 
 
+CHARACTERS_PER_TOKEN = 3.9
+"""Of ShareGPT in English with Llama's tokenizer, roughly; there is no tokenizer here."""
+
+
+def sharegpt_turns(path: Path) -> Recorded:
+    """ShareGPT's conversations (JSON): the first two turns' characters over `CHARACTERS_PER_TOKEN`; no arrivals.
+
+    As vLLM's and dLoRA's clients take them, whatever the turns' roles are; conversations of fewer turns are left out.
+    """
+    try:
+        conversations = json.loads(path.read_text(encoding="utf-8"))
+        turns = [entry["conversations"] for entry in conversations]
+        pairs = [[len(turn["value"]) for turn in turns[:2]] for turns in turns if len(turns) >= 2]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        mend = "give a JSON list of {conversations: [{value: text}, ...]}"
+        raise InputError(path, "file", type(error).__name__, mend) from error
+    if not pairs:
+        raise InputError(path, "file", "no conversation of two turns", "give at least one")
+    tokens = np.maximum(1, np.rint(np.array(pairs) / CHARACTERS_PER_TOKEN)).astype(np.int64)
+    return Recorded(input_tokens=tokens[:, 0].copy(), output_tokens=tokens[:, 1].copy())
+
+
 BURSTGPT_SKIP = 5200
 """Rows that LLMStation's client passes over (its BurstGPT client, papers' sheet section 4)."""
 
@@ -226,6 +248,7 @@ READERS: Mapping[str, Callable[[Path], Recorded]] = {
     "burstgpt": burstgpt,
     "requests_csv": requests_csv,
     "sharegpt_lengths": sharegpt_lengths,
+    "sharegpt_turns": sharegpt_turns,
     "spotserve_queries": spotserve_queries,
 }
 

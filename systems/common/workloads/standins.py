@@ -9,6 +9,7 @@ a file; a figure that used one says so in its footer.
 | `quantiles` | lengths through the given quantiles | `input_tokens`, `output_tokens`: percent to tokens |
 | `modulated_gamma` | arrivals: gamma gaps under a redrawn rate | `rate_rps`, `gap_cv`, `rate_cv`, `period_s`, `whole_seconds` |
 | `trace` | arrivals and lengths | `arrivals` and `lengths`: one of the above each |
+| `functions` | no requests: how popular serverless functions are, see `functions` | `popularity` and what it takes |
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from systems.common.errors import InputError
+from systems.common.workloads import functions
 from systems.common.workloads.arrivals import Extent, modulated_gamma
 from systems.common.workloads.catalogue import REGISTRY, entry
 from systems.common.workloads.readers import Recorded
@@ -95,4 +97,15 @@ def trace(arrivals: Statistics, lengths: Statistics) -> Recorded:
     return replace(timed, input_tokens=sized.input_tokens, output_tokens=sized.output_tokens)
 
 
-KINDS: Mapping[str, Callable[..., Recorded]] = {"quantiles": quantiles, "modulated_gamma": modulated, "trace": trace}
+def popularity(**statistics: object) -> Recorded:
+    """A trace of functions records no requests; its statistics are checked by making it."""
+    functions.made_up(statistics)
+    return Recorded()
+
+
+KINDS: Mapping[str, Callable[..., Recorded]] = {
+    "quantiles": quantiles,
+    "modulated_gamma": modulated,
+    "trace": trace,
+    "functions": popularity,
+}
