@@ -10,6 +10,7 @@ goes on; the file is written after each):
   recomputation, chunks and fused forward layers against the plain run.
 * `step`: one training step (q, k, v, o; 4 x 512 tokens, and others), by tasklets, graphs, with recomputation, with other
   sizes of loss tasklets and other attention kernels: GPU time, host time to launch, phases, peak memory, share of the floor.
+  Tasklets of single sequences also go to `tuning.csv` beside the file, a part of a calibration (llmstation/tuning_table.py).
 * `profile`: GPU time of that step by kernel.
 * `hf`: the same step by peft on transformers, eager.
 * `pauses`: Figure 12: one sample of 512 and of 1,024 tokens with 0 to 64 pauses in its backward pass.
@@ -45,6 +46,7 @@ from systems.llmstation.training.fused import decode_with
 from systems.llmstation.training.fused_graphs import FusedTrainer
 from systems.llmstation.training.graphs import GraphedTrainer
 from systems.llmstation.training.trainer import Batch, Options, Trainer
+from systems.llmstation.tuning_table import NEEDED, rows_of, table_of
 
 PARTS = ("kernels", "correct", "step", "profile", "hf", "pauses", "curves", "fused", "chunks")
 RUNS = 20
@@ -196,6 +198,13 @@ class Bench:
             print(f"--- {part} ({self.report[f'{part} s']} s)\n{json.dumps(found, indent=1)}", flush=True)
             if self.file is not None:
                 write_atomically(self.file, json.dumps(self.report, indent=1) + "\n")
+                self.tabulate()
+
+    def tabulate(self) -> None:
+        """`tuning.csv` beside the file, which the simulator reads from a calibration's folder."""
+        rows = list(rows_of(self.report.get("step", {})))
+        if self.file is not None and {phase for phase, *_ in rows} >= set(NEEDED):
+            write_atomically(self.file.with_name("tuning.csv"), table_of(rows))
 
     # ---- parts
 
@@ -306,6 +315,9 @@ class Bench:
             "1 x 512 graphs": (1, 512, Options(), True),
             "1 x 1024 eager": (1, 1024, Options(), False),
             "1 x 1024 graphs": (1, 1024, Options(), True),
+            "1 x 512 eager, recompute": (1, 512, Options(recompute=True), False),
+            "1 x 256 graphs": (1, 256, Options(), True),
+            "1 x 128 graphs": (1, 128, Options(), True),
         }  # fmt: skip
         for name, (sequences, length, options, graphed) in cases.items():
             try:

@@ -1,7 +1,8 @@
 """What the rules of workflows/calibrate.smk are told: which GPUs can be measured, and which have been.
 
 Measurements live under `reference/<gpu>/`: `calibrated/<model>/` as `systems.common.calibrate` writes it, and
-`fidelity/<model>/<workload>/` as `systems.common.measure` does.
+`fidelity/<model>/<workload>/` as `systems.common.measure` does; `colocation/<model>/<workload>/` holds runs of serving and
+tuning on one GPU, as `systems.llmstation.colocation_fidelity` makes it.
 """
 
 from __future__ import annotations
@@ -58,7 +59,24 @@ def measured_runs(wildcards: Wildcards) -> list[str]:
 def fidelity(config: Config) -> list[str]:
     """The comparison of every GPU and model that has recorded runs."""
     pairs = sorted({(path.parts[1], path.parts[3]) for path in REFERENCE.glob("*/fidelity/*/*/requests.csv")})
-    return [f"{config.results}/fidelity/{gpu}/{model}/fidelity.pdf" for gpu, model in pairs]
+    colocated = sorted({(path.parts[1], path.parts[3]) for path in REFERENCE.glob("*/colocation/*/*/runs.json")})
+    return [
+        *(f"{config.results}/fidelity/{gpu}/{model}/fidelity.pdf" for gpu, model in pairs),
+        *(f"{config.results}/fidelity/{gpu}/{model}/colocation.pdf" for gpu, model in colocated),
+    ]
+
+
+def colocated_runs(wildcards: Wildcards) -> list[str]:
+    """The recorded co-located runs of one GPU and model, and the calibration that simulates them again."""
+    runs = (REFERENCE / wildcards.gpu / "colocation" / wildcards.model).glob("*/*.*")
+    return sorted(map(str, (*runs, *(REFERENCE / wildcards.gpu / "calibrated" / wildcards.model).glob("*.*"))))
+
+
+def colocation_version(_wildcards: object) -> str:
+    """The version of the code that simulates them."""
+    from harness.code_version import system_version
+
+    return system_version("llmstation")[:16]
 
 
 def fidelity_options(wildcards: Wildcards) -> list[str]:

@@ -16,12 +16,17 @@ EXECUTING = "systems/common/torch_engine"
 CODE = frozenset({".py", ".yaml", ".yml", ".json", ".csv", ".toml", ".cu", ".cuh", ".cpp", ".c", ".h"})
 
 
+def calibrations() -> list[str]:
+    """The folders of what was measured on GPUs for the simulator, relative to the root."""
+    return sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("reference/*/calibrated"))
+
+
 def system_version(system: str) -> str:
-    """The version of all code and built-in data (statistics of stand-ins) that decide what a trial of `system` gives.
+    """The version of all code and built-in data (stand-ins, calibrations) that decide what a trial of `system` gives.
 
     Measured trials depend on `executing_version` besides.
     """
-    return code_version("systems/common", f"systems/{system}", "datasets/registry.yaml")
+    return code_version("systems/common", f"systems/{system}", "datasets/registry.yaml", *calibrations())
 
 
 def executing_version(backend: str) -> list[str]:

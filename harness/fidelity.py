@@ -1,6 +1,7 @@
 """Draws how far simulations are from measurements: `python -m harness.fidelity --table table.csv --out fidelity.pdf`.
 
-The table is what `python -m systems.common.fidelity_table` writes; `snakemake fidelity` makes both.
+The table is what `python -m systems.common.fidelity_table` writes, or `python -m systems.llmstation.colocation_fidelity` (with
+`--colocated`); `snakemake fidelity` makes all.
 """
 
 from __future__ import annotations
@@ -16,10 +17,19 @@ from systems.registry import InputError
 
 SERIES = {"calibrated": "calibrated", "roofline": "roofline"}
 METRICS = {"ttft": "TTFT", "tpot": "TPOT", "e2e": "E2E"}
+COLOCATED = {"ttft": "TTFT", "tpot": "TPOT", "peft": "samples/s"}
 
 
-def plot_of(gpu: str, series: Sequence[str]) -> Mapping[str, Any]:
+def plot_of(gpu: str, series: Sequence[str], colocated: bool = False) -> Mapping[str, Any]:
     """What `figures.draw` is told."""
+    if colocated:
+        return {
+            "title": f"Serving beside tuning, simulated against measured, {gpu}",
+            "width": "page",
+            "metrics": COLOCATED,
+            "series": [{"name": name, "label": SERIES[name]} for name in series],
+            "footer": f"recorded on {gpu}, one workload; positive: the simulated latency or throughput is higher",
+        }
     return {
         "title": f"Simulated against measured, {gpu}",
         "width": "page",
@@ -34,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m harness.fidelity")
     parser.add_argument("--table", type=Path, required=True)
     parser.add_argument("--gpu", required=True)
+    parser.add_argument("--colocated", action="store_true", help="the table is of runs in which tuning shared the GPU")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args(argv)
     import pandas
@@ -44,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     present = [name for name in SERIES if name in set(table["series"])]
     sweep(args.out.parent)
     try:
-        draw("errors", table, plot_of(args.gpu, present), args.out)
+        draw("errors", table, plot_of(args.gpu, present, args.colocated), args.out)
     except PlotError as error:
         raise InputError(args.table, "table", args.table.name, str(error)) from error
     return 0

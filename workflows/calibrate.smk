@@ -60,6 +60,42 @@ rule draw_fidelity:
         "exec python -m harness.fidelity --gpu {wildcards.gpu:q} --table {input:q} --out {output:q} --log {log:q}"
 
 
+# The same for runs in which tuning shared the GPU.
+rule compare_colocated:
+    input:
+        calibration.colocated_runs,
+    output:
+        "<results>/fidelity/{gpu}/{model}/colocation.csv",
+    log:
+        "<results>/fidelity/{gpu}/{model}/colocation.log",
+    localrule: True
+    conda:
+        "envs/fivefold.yaml"
+    params:
+        code=calibration.colocation_version,
+    shell:
+        "python -m systems.llmstation.colocation_fidelity compare --model {wildcards.model:q}"
+        " --hardware {wildcards.gpu:q}x1 --measured reference/{wildcards.gpu:q}/colocation/{wildcards.model:q}"
+        " --out {output:q} 2> >(tee {log:q} >&2)"
+
+
+rule draw_colocated:
+    input:
+        "<results>/fidelity/{gpu}/{model}/colocation.csv",
+    output:
+        "<results>/fidelity/{gpu}/{model}/colocation.pdf",
+    log:
+        "<results>/fidelity/{gpu}/{model}/draw_colocation.log",
+    localrule: True
+    conda:
+        "envs/fivefold.yaml"
+    params:
+        code=PROJECT.draw_code,
+    shell:
+        "exec python -m harness.fidelity --colocated --gpu {wildcards.gpu:q} --table {input:q} --out {output:q}"
+        " --log {log:q}"
+
+
 # Every GPU and model that has recorded runs, on any machine.
 rule fidelity:
     input:

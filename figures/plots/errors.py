@@ -17,7 +17,8 @@ from pandas import DataFrame
 from figures import style
 from figures.plots import data
 
-STATISTICS = {"p50": "o", "p90": "s", "p99": "^"}
+STATISTICS = {"p50": "o", "p90": "s", "p99": "^", "rate": "D"}
+"""A `rate` has one value. Only those that the table has are in the legend."""
 
 
 def build(table: DataFrame, plot: Mapping[str, Any]) -> Figure:
@@ -32,6 +33,7 @@ def build(table: DataFrame, plot: Mapping[str, Any]) -> Figure:
     for axes, (metric, label) in zip(panels, metrics.items(), strict=True):
         _panel(axes, table[table["metric"] == metric], series, workloads)
         axes.set_xlabel(f"{label}: error (%)")
+    shown = set(table.loc[table["metric"].isin(list(metrics)), "statistic"])
     handles = [
         Line2D([], [], color=style.COLOURS[one.place % len(style.COLOURS)], marker="o", linestyle="none", label=one.label)
         for one in series
@@ -39,6 +41,7 @@ def build(table: DataFrame, plot: Mapping[str, Any]) -> Figure:
     handles += [
         Line2D([], [], color=style.INK, marker=marker, markerfacecolor="none", linestyle="none", label=name)
         for name, marker in STATISTICS.items()
+        if name in shown
     ]
     labels = [str(handle.get_label()) for handle in handles]
     columns = data.legend_columns(labels, figure.get_figwidth())
@@ -57,6 +60,6 @@ def _panel(axes: Axes, rows: DataFrame, series: list[data.Series], workloads: li
             for statistic, marker in STATISTICS.items():
                 here = rows[(rows["workload"] == workload) & (rows["series"] == one.name) & (rows["statistic"] == statistic)]
                 colour = style.COLOURS[one.place % len(style.COLOURS)]
-                axes.plot(100 * here["error"], [place + shift] * len(here), marker, color=colour, markersize=3.5, clip_on=False)
+                axes.plot(100 * here["error"], [place + shift] * len(here), marker, color=colour, markersize=3.5)
     axes.set_yticks(range(len(workloads)), workloads)
     axes.set_ylim(len(workloads) - 0.5, -0.5)

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.atomic import make_folder, sync_folder, write_atomically
-from harness.code_version import CODE, ROOT, code_version, system_version
+from harness.code_version import CODE, ROOT, calibrations, code_version, system_version
 from harness.dispatch.job import Job, inside
 from harness.figure_file import system_of
 from harness.launch.leashed import Leashed
 from harness.manifest import Manifest, read_manifests
 
 #: What a job imports and reads of the project.
-CODE_PARTS = ("harness", "systems", "datasets", "figures/__init__.py")
+CODE_PARTS = ("harness", "systems", "datasets", "figures/__init__.py", *calibrations())
 _WHOLE = ("spec.json", "provenance.json", "metrics.json")
 _TRAVELS = _WHOLE  # the rows of requests stay: nobody asks a trial for them again on a host
 

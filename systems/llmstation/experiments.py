@@ -14,18 +14,18 @@ from systems.common.engine.results import to_records
 from systems.common.engine.simulated import IterationCost, SimulatedExecutor
 from systems.common.errors import InputError
 from systems.common.hardware import Testbed, costs, parse_testbed
-from systems.common.hardware.interference import AnalyticInterference, Interference
-from systems.common.hardware.interference_table import read_interference
+from systems.common.hardware.interference import Interference
 from systems.common.metrics import summarise
 from systems.common.models import ModelShape, model
-from systems.common.workloads.build import build
+from systems.common.workloads.build import Workload, build
 from systems.llmstation.adapters import AdapterLimited, iteration_s
 from systems.llmstation.baselines.chunked import Chunked
 from systems.llmstation.baselines.fineinfer import FineInfer
 from systems.llmstation.baselines.inference_only import InferenceOnly
 from systems.llmstation.baselines.mps import Mps
-from systems.llmstation.modes import FeedbackMode, FixedMode, PlannerMode
-from systems.llmstation.simulated import ExclusiveTuning, FeedbackTuning, PlannedTuning, SteadyTuning
+from systems.llmstation.hardware_model import HardwareModel
+from systems.llmstation.modes import FeedbackMode, FixedMode, PlannerMode, fuses
+from systems.llmstation.simulated import ExclusiveTuning, FeedbackTuning, PlannedLimits, PlannedTuning, Shared, SteadyTuning
 from systems.llmstation.tasklets import TuningJob
 from systems.llmstation.tuning_cost import Layers, precise_chunks_s, sharded_job, shared_job
 
@@ -45,21 +45,32 @@ class Bench:
     parameters: Mapping[str, Any]
     shape: ModelShape
     testbed: Testbed
-    layers: Layers
-    cost: IterationCost
-    interference: Interference
+    hardware: HardwareModel
 
     @classmethod
     def of(cls, trial: Trial) -> Bench:
         """The testbed and model of `trial`, tensor parallel over all GPUs."""
         shape, testbed = model(str(trial.parameters["model"])), parse_testbed(trial.hardware)
-        priced = costs(shape, testbed, testbed.count)
-        measured = trial.datasets.get("corun_slowdowns")
-        interference = AnalyticInterference() if measured is None else read_interference(measured)
-        layers = Layers.of(priced, shape, testbed.count)
+        hardware = HardwareModel.of(trial.parameters, shape, testbed, trial.datasets.get("corun_slowdowns"))
         adapters = min(_whole(trial, "adapters", 0), _whole(trial, "max_loras", 4))
-        overhead_s = iteration_s(shape, testbed, _whole(trial, "rank", 8), adapters) if adapters else 0.0
-        return cls(trial.parameters, shape, testbed, layers, IterationCost(priced, shape, overhead_s), interference)
+        if adapters:
+            hardware.cost.overhead_s += iteration_s(shape, testbed, _whole(trial, "rank", 8), adapters)
+        return cls(trial.parameters, shape, testbed, hardware)
+
+    @property
+    def layers(self) -> Layers:
+        """Prices of one layer."""
+        return self.hardware.layers
+
+    @property
+    def cost(self) -> IterationCost:
+        """Prices of serving iterations."""
+        return self.hardware.cost
+
+    @property
+    def interference(self) -> Interference:
+        """Co-run slowdowns."""
+        return self.hardware.interference
 
     def number(self, key: str) -> float:
         """The parameter or knob `key`. Raises InputError when it is missing or no number."""
@@ -78,10 +89,22 @@ class Bench:
 
     def shared_job(self) -> TuningJob:
         """Tuning on the weights that serving uses: LLMStation's and FineInfer's."""
-        return self.job(shared_job(self.layers, self.tuned_tokens(), int(self.parameters.get("rank", 8))))
+        return self.timed(shared_job(self.layers, self.tuned_tokens(), int(self.parameters.get("rank", 8))), False)
+
+    def sharded_job(self, tokens: int, sm_limit: float) -> TuningJob:
+        """Torchtune's, with activation checkpointing, on sequences of `tokens`."""
+        return self.timed(sharded_job(self.whole_layers(), self.testbed, tokens, sm_limit), True)
+
+    def timed(self, job: TuningJob, recompute: bool) -> TuningJob:
+        """`job` with the tasklets' measured times where there are any, and slowed as the parameters ask."""
+        if (table := self.hardware.tuning) is not None:
+            job = table.retimed(job, self.shape.layers, self.layers.tuning_s, recompute)
+        return self.job(job)
 
     def whole_layers(self) -> Layers:
         """Prices of undivided layers, for tuners that shard instead of splitting."""
+        if self.testbed.count == 1:
+            return self.layers
         return Layers.of(costs(self.shape, self.testbed, 1), self.shape, 1)
 
 
@@ -103,13 +126,13 @@ def _inference_only(bench: Bench) -> Built:
 
 def _mps(bench: Bench) -> Built:
     policy = Mps(bench.number("thread_percentage"))
-    job = bench.job(sharded_job(bench.whole_layers(), bench.testbed, policy.sequence_tokens, policy.sm_limit))
+    job = bench.sharded_job(policy.sequence_tokens, policy.sm_limit)
     return SteadyTuning(bench.cost, bench.layers, job, bench.interference), policy.gpu_memory_utilisation
 
 
 def _chunked(bench: Bench) -> Built:
     policy = Chunked(int(bench.number("chunk_tokens")))
-    job = bench.job(sharded_job(bench.whole_layers(), bench.testbed, policy.chunk_tokens, sm_limit=1.0))
+    job = bench.sharded_job(policy.chunk_tokens, sm_limit=1.0)
     return SteadyTuning(bench.cost, bench.layers, job, bench.interference), policy.gpu_memory_utilisation
 
 
@@ -131,8 +154,11 @@ def _llmstation(bench: Bench) -> Built:
     common = (bench.cost, bench.layers, bench.shared_job(), bench.interference)
     mode = bench.parameters.get("mode", "planner")
     if mode == "planner":
-        planner = PlannerMode(bench.number("decode_target_s"), bool(bench.parameters.get("fused", True)))
-        return PlannedTuning(*common, planner), SHARED_UTILISATION
+        planner = PlannerMode(bench.number("decode_target_s"), fuses(bench.parameters))
+        most = bench.parameters.get("most_beside")
+        whole = bench.hardware.whole_steps
+        limits = PlannedLimits(whole, None if most is None else int(most), whole_phases=whole)
+        return PlannedTuning(*common, planner, limits), SHARED_UTILISATION
     if mode == "fixed":
         return SteadyTuning(*common, _waits(bench)), SHARED_UTILISATION
     if mode == "feedback":
@@ -150,6 +176,18 @@ POLICIES: Mapping[str, Callable[[Bench], Built]] = {
 }
 
 
+def launches_ahead(executor: SimulatedExecutor, bench: Bench) -> None:
+    """Let `executor` form its batches as early as the measured engine does, if the hardware model knows how early that is.
+
+    The parameter `forms_early` says that it forms them as soon as a step begins.
+    """
+    if (lead_s := bench.hardware.decode_lead_s) is None:
+        return
+    executor.launches_ahead, executor.decode_lead_s = True, lead_s
+    if isinstance(executor, Shared):
+        executor.forms_early = bool(bench.parameters.get("forms_early", False))
+
+
 def _workload(trial: Trial) -> Mapping[str, object]:
     """The declared workload; factors and constants of the same names fill it in."""
     declared = trial.parameters.get("workload")
@@ -163,39 +201,48 @@ def colocation(trial: Trial) -> Outcome:
 
     Parameters: `model`, `policy` (a key of `POLICIES`), that policy's knob, `workload`, and optionally `tuning_tokens`,
     `rank`, `adapters` and `max_loras` (served), `mode`, `fused`, `tuning_slowdown`, `max_num_batched_tokens`,
-    `max_num_seqs`. On the measured backend also `kv_blocks` and `tuning_sms`; there nothing is fused, and
-    `tuning_slowdown` means nothing.
+    `max_num_seqs`, `kv_blocks`. Simulated only: `hardware_model` (`auto`, `roofline`, `calibrated`), `tuning_slowdown`,
+    `most_beside` (tasklets that the planner's driver can get beside one decode step; unlimited where absent) and `forms_early`
+    (with a calibration: the next batch is formed as soon as a decode step begins). Measured only: `tuning_sms`.
     """
     if trial.backend == "measured":
         from systems.llmstation import measured  # imports torch
 
         return measured.colocation(trial, METRICS)
+    return simulated(trial, build(_workload(trial), trial.datasets, trial.seed))
+
+
+def simulated(trial: Trial, workload: Workload) -> Outcome:
+    """`colocation` on the simulator, of requests that are given; the parameter `workload` is not read.
+
+    Raises InputError as `colocation` does.
+    """
     bench = Bench.of(trial)
     policy = str(trial.parameters.get("policy"))
     if policy not in POLICIES:
         raise InputError("llmstation", "policy", policy, f"use one of {', '.join(POLICIES)}")
     executor, utilisation = POLICIES[policy](bench)
+    given = _whole(trial, "kv_blocks", 0)
     config = EngineConfig(
-        num_gpu_blocks=kv_blocks(bench.shape, bench.testbed, bench.testbed.count, utilisation),
+        num_gpu_blocks=given or kv_blocks(bench.shape, bench.testbed, bench.testbed.count, utilisation),
         policy="prefill-first",
         max_num_batched_tokens=int(trial.parameters.get("max_num_batched_tokens", 2048)),  # type: ignore[arg-type]
         max_num_seqs=int(trial.parameters.get("max_num_seqs", 256)),  # type: ignore[arg-type]
         watermark=0.01,
     )
-    workload = build(_workload(trial), trial.datasets, trial.seed)
     limited = AdapterLimited(_whole(trial, "max_loras", 4)) if "adapters" in trial.parameters else None
     engine = Engine(config, executor, limited)
     if isinstance(executor, FeedbackTuning):
         executor.watch(engine)
-    records = to_records(serve(engine, workload.requests))
+    launches_ahead(executor, bench)
+    records = to_records(serve(engine, workload.requests, ahead=executor if executor.launches_ahead else None))
     summary = summarise(records)
     samples = float(getattr(executor, "samples", 0.0))
     metrics = {key: summary[key] for key in METRICS}
     metrics["peft_samples_per_s"] = samples / summary["duration_s"]
     metrics["num_gpu_blocks"] = config.num_gpu_blocks
-    notes = [bench.cost.costs.source, *workload.notes]
-    if policy != "inference_only":
-        notes.insert(1, bench.interference.source)
+    corun = () if policy == "inference_only" else (bench.interference.source,)
+    notes = [*bench.hardware.sources, *corun, *workload.notes]
     return Outcome(metrics, records.columns(), tuple(notes))
 
 

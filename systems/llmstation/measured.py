@@ -21,13 +21,14 @@ from systems.llmstation.baselines.fineinfer import FineInfer
 from systems.llmstation.baselines.inference_only import InferenceOnly
 from systems.llmstation.baselines.mps import Mps
 from systems.llmstation.corun.beside import Beside
+from systems.llmstation.corun.fusing import Fuser
 from systems.llmstation.corun.measure import DRAIN_S, Spent, censored, number, serve, wanted_of, with_adapters, workload_of
 from systems.llmstation.corun.observed import Observed
 from systems.llmstation.corun.pace import Exclusive, Pace, Planned, Quiet, Steered, Waiting
 from systems.llmstation.corun.pair import pair
 from systems.llmstation.corun.session import Session, session
 from systems.llmstation.latency_source import LatencySource
-from systems.llmstation.modes import FeedbackMode, FixedMode, PlannerMode
+from systems.llmstation.modes import FeedbackMode, FixedMode, PlannerMode, fuses
 from systems.llmstation.tuning_cost import COUNTED_TOKENS
 
 SHARED_UTILISATION = 0.75
@@ -76,8 +77,11 @@ def _shared(trial: Trial, utilisation: float, pace_of: Callable[[Session], Pace]
     requests, notes = workload_of(trial)
     held = session(with_adapters(wanted_of(trial, utilisation), trial, requests))
     pace = pace_of(held)
+    fuser = held.fuser() if isinstance(pace, Planned) and pace.mode.fused else None  # before a tuner: it runs steps of its own
     tuner = None if type(pace) is Quiet else held.tuner(trial.seed)
     beside = Beside(held.lanes, tuner, pace, pace.observed if isinstance(pace, Planned) else None)
+    if isinstance(pace, Planned) and fuser is not None:
+        notes = (*notes, _fuse(fuser, beside, pace.observed))
     if isinstance(pace, Steered):
         pace.watch(lambda: held.executor.engine.finished)
     served = serve(held, beside, requests)
@@ -85,12 +89,20 @@ def _shared(trial: Trial, utilisation: float, pace_of: Callable[[Session], Pace]
     extra: dict[str, Scalar] = {"schedule_lag_p99_s": served.lag_p99_s}
     if tuner is not None:
         tuner.drain()
-        extra |= {"tasklets_beside": beside.tasklets["beside"], "tasklets_alone": beside.tasklets["alone"]}
+        extra |= {f"tasklets_{where}": count for where, count in beside.tasklets.items()}
     if isinstance(pace, Planned):
         extra |= {f"planned_from_{name}": count for name, count in pace.observed.source.answers.items()}
         extra["planned_mean"] = float(np.mean(pace.plans)) if pace.plans else 0.0
     rate = samples / served.duration_s
     return Run(served.records, served.duration_s, rate, held.config.num_gpu_blocks, (*held.notes, *notes), extra)
+
+
+def _fuse(fuser: Fuser | str, beside: Beside, observed: Observed) -> str:
+    """Let `beside` fuse forward phases with decode steps, if that is possible here; a note."""
+    if isinstance(fuser, str):
+        return fuser
+    beside.fuser, observed.fused_profile = fuser, fuser.seconds
+    return f"forward phases fused with decode steps of up to {fuser.sizes[-1]} sequences where the target allows"
 
 
 def _inference_only(trial: Trial) -> Run:
@@ -105,7 +117,7 @@ def _fineinfer(trial: Trial) -> Run:
 def _llmstation(trial: Trial) -> Run:
     mode = trial.parameters.get("mode", "planner")
     if mode == "planner":
-        planner = PlannerMode(_knob(trial, "decode_target_s"), fused=False)
+        planner = PlannerMode(_knob(trial, "decode_target_s"), fuses(trial.parameters))
         return _shared(trial, SHARED_UTILISATION, lambda held: Planned(planner, _known(held)))
     if mode == "fixed":
         waits = _waits(trial)

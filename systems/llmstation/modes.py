@@ -8,7 +8,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 from systems.common.core import Slo
 from systems.common.errors import InputError
@@ -25,6 +27,17 @@ class PlannerMode:
         """Raises InputError for a target that is not positive."""
         if not self.target_s > 0:
             raise InputError("llmstation", "decode_target_s", self.target_s, "give a positive number of seconds")
+
+
+def fuses(parameters: Mapping[str, Any]) -> bool:
+    """Whether forward tasklets may be fused with decode steps: `fused` is `auto` (the default) or `off`, or a truth value.
+
+    Raises InputError for anything else.
+    """
+    asked = parameters.get("fused", "auto")
+    if asked in ("auto", "off") or isinstance(asked, bool):
+        return asked is True or asked == "auto"
+    raise InputError("llmstation", "fused", asked, "use auto or off")
 
 
 @dataclass(frozen=True, slots=True)

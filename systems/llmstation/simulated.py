@@ -12,6 +12,7 @@ Decisions come from the same pure objects as in a real run; only durations come 
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
@@ -27,6 +28,8 @@ from systems.llmstation.planner import CoRunLatencies, overlapped_s, plan_fused,
 from systems.llmstation.tasklets import TuningJob, TuningProgress
 from systems.llmstation.tuning_cost import Layers
 
+FUSED = "fused"
+"""The phase of an iteration that takes the whole forward phase of a sample along."""
 CONTEXT_BUCKET = 128
 """Latencies are looked up for the mean context per sequence, rounded up to this many tokens."""
 
@@ -51,11 +54,32 @@ def steps_in_bucket(decodes: int, context: int) -> int:
     return (bucket(decodes, context) - context) // decodes + 1
 
 
-class SteadyTuning(SimulatedExecutor):
+class Shared(SimulatedExecutor):
+    """What all have in common: when batches are formed while decode steps are slowed or lengthened by tuning.
+
+    Attributes:
+        forms_early: form the next batch as soon as a decode step begins, instead of `decode_lead_s` before its end.
+    """
+
+    forms_early = False
+
+    def _led(self, run: DecodeRun) -> DecodeRun:
+        """Note when the batch after `run` is formed; `run` as it is."""
+        if self.launches_ahead:
+            if self.forms_early:
+                self.decode_lead_s = run.first_s
+            self._lead_s = min(self.decode_lead_s, run.first_s)
+        return run
+
+
+class SteadyTuning(Shared):
     """Tuning beside serving all the time.
 
     A pass over the phases is short against a run, so serving sees the time average: while tuning is in a phase's tasklets
     serving is slowed by that phase, during pauses it is not.
+
+    A pause is taken only where an iteration was issued since the tasklet before (sheet 2.3), so of the places where one is due
+    as many are pauses as there are iterations per tasklet.
     """
 
     def __init__(
@@ -75,13 +99,15 @@ class SteadyTuning(SimulatedExecutor):
         """Samples trained so far."""
         return self._passes * self._job.samples
 
-    def _shared(self, key: tuple[str, int, int], load: Load) -> tuple[float, float]:
-        """Serving's slowdown and the length of a tuning pass, while both run."""
+    def _shared(self, key: tuple[str, int, int], load: Load, alone_s: float) -> tuple[float, float]:
+        """Serving's slowdown and the length of a tuning pass, while both run; an iteration takes `alone_s` alone."""
         if (known := self._known.get(key)) is None:
             pass_s = served = 0.0
             for phase in self._job.phases:
                 slow = self._interference.slowdowns(load, Load(phase.name, self._job.tokens, phase.tenant))
-                busy, pause = phase.seconds * slow.tuning, phase.tasklets * self._waits.wait_s(phase.name)
+                busy = phase.seconds * slow.tuning
+                issued = min(1.0, busy / phase.tasklets / (alone_s * slow.serving))
+                pause = phase.tasklets * self._waits.wait_s(phase.name) * issued
                 pass_s += busy + pause
                 served += busy / slow.serving + pause
             known = self._known[key] = (pass_s / served, pass_s)
@@ -91,22 +117,25 @@ class SteadyTuning(SimulatedExecutor):
         """One prompt batch, slowed by tuning."""
         tokens = sum(tokens for _, _, tokens in batch.chunks) + batch.decodes
         grain = -(-tokens // 64) * 64
-        slowdown, pass_s = self._shared(("prefill", grain, 0), Load("prefill", grain, self._layers.forward(grain)[1]))
-        duration_s = self.cost.batch_s(batch) * slowdown
+        alone_s = self.cost.batch_s(batch)
+        key = ("prefill", grain, 0)
+        slowdown, pass_s = self._shared(key, Load("prefill", grain, self._layers.forward(grain)[1]), alone_s)
+        duration_s = alone_s * slowdown
         self._passes += duration_s / pass_s
+        self._lead_s = duration_s if self.launches_ahead else 0.0
         return duration_s
 
     def decode_run(self, batch: Batch) -> DecodeRun:
         """Decode steps, slowed by tuning."""
         decodes, context = batch.decodes, bucket(batch.decodes, batch.decode_context)
         key = ("decode", decodes, context)
+        run = self.cost.decode(decodes, batch.decode_context)
         known = self._known.get(key)
         if known is None:
-            known = self._shared(key, Load("decode", decodes, self._layers.decode(decodes, context)[1]))
+            known = self._shared(key, Load("decode", decodes, self._layers.decode(decodes, context)[1]), run.first_s)
         slowdown, pass_s = known
-        run = self.cost.decode(decodes, batch.decode_context)
         steps = min(run.steps, steps_in_bucket(decodes, batch.decode_context))
-        self._run = DecodeRun(run.first_s * slowdown, run.increment_s * slowdown, steps), pass_s
+        self._run = self._led(DecodeRun(run.first_s * slowdown, run.increment_s * slowdown, steps)), pass_s
         return self._run[0]
 
     def advanced(self, steps: int) -> None:
@@ -159,13 +188,35 @@ class FeedbackTuning(SteadyTuning):
         self._known.clear()
 
 
-class PlannedTuning(SimulatedExecutor):
+@dataclass(frozen=True, slots=True)
+class PlannedLimits:
+    """What a planned run must know of its driver and of its slowdowns.
+
+    Attributes:
+        whole_steps: slowdowns are of whole decode steps, head and host time included, not of layers.
+        most_beside: tasklets that the driver can get beside one decode step; None for as many as are planned.
+        whole_phases: the driver fuses the whole forward phase of a sample with a decode step, or nothing of it.
+    """
+
+    whole_steps: bool = False
+    most_beside: int | None = None
+    whole_phases: bool = False
+
+
+class PlannedTuning(Shared):
     """The planner's tasklets beside decode iterations, none beside prompts, all of the GPU when idle."""
 
     def __init__(
-        self, cost: IterationCost, layers: Layers, job: TuningJob, interference: Interference, mode: PlannerMode
+        self,
+        cost: IterationCost,
+        layers: Layers,
+        job: TuningJob,
+        interference: Interference,
+        mode: PlannerMode,
+        limits: PlannedLimits = PlannedLimits(),
     ) -> None:
         super().__init__(cost)
+        self._limits = limits
         self._layers, self._interference, self._mode = layers, interference, mode
         self.progress = TuningProgress(job)
         self._truth: dict[Situation, CoRunLatencies] = {}
@@ -182,11 +233,21 @@ class PlannedTuning(SimulatedExecutor):
         """The offline profile: a coarse grid of batch sizes and contexts, every phase."""
         grid = [(b, b * c) for b in (1, 2, 4, 8, 16, 32, 64, 128, 256) for c in (128, 512, 2048)]
         job = self.progress.job
-        situations = [Situation(b, context, job.tokens, p.name) for b, context in grid for p in job.phases]
+        names = [phase.name for phase in job.phases] + ([FUSED] if self._mode.fused and self._limits.whole_phases else [])
+        situations = [Situation(b, context, job.tokens, name) for b, context in grid for name in names]
         return {situation: self._latencies(situation) for situation in situations}
 
     def _is_fused(self, phase: str) -> bool:
-        return self._mode.fused and phase == "forward"
+        return phase == FUSED or (self._mode.fused and not self._limits.whole_phases and phase == "forward")
+
+    def _situation(self, decodes: int, context: int) -> Situation:
+        """Where the coming iteration stands; `FUSED` where it takes a whole forward phase along."""
+        progress, layers = self.progress, self.cost.shape.layers
+        here = Situation(decodes, bucket(decodes, context), progress.job.tokens, progress.phase.name)
+        if not (self._mode.fused and self._limits.whole_phases) or here.phase != "forward" or progress.done_in_phase:
+            return here
+        fused = replace(here, phase=FUSED)
+        return fused if self._plan(fused) >= layers else here
 
     def _latencies(self, situation: Situation) -> CoRunLatencies:
         """What an iteration in `situation` really takes on the cost model; fused layers stand as l_d, with l_p 0 on top."""
@@ -194,13 +255,18 @@ class PlannedTuning(SimulatedExecutor):
             return known
         layers, b = self._layers, situation.decodes
         alone_s, tenant = layers.decode(b, situation.context)
-        phase = next(p for p in self.progress.job.phases if p.name == situation.phase)
+        if self._limits.whole_steps:
+            alone_s = self.cost.decode(b, situation.context).first_s / self.cost.shape.layers
+        name = "forward" if situation.phase == FUSED else situation.phase
+        phase = next(p for p in self.progress.job.phases if p.name == name)
         if self._is_fused(situation.phase):
             # the sample's own layer, plus what the decoding sequences add to its products, and their attention
             sample, tokens = situation.tuning_tokens, b + situation.tuning_tokens
             products_s = layers.costs.layer_linear_s(tokens) - layers.costs.layer_linear_s(sample)
             reduces_s = layers.reduces_s(tokens) - layers.reduces_s(sample)
             fused_s = phase.tasklet_s + products_s + reduces_s + layers.costs.attention_s((), b, situation.context)
+            if self._limits.whole_steps:  # embedding, head and host time, which `alone_s` has a share of
+                fused_s += max(0.0, alone_s - layers.decode(b, situation.context)[0])
             known = CoRunLatencies(alone_s, max(alone_s, fused_s), phase.tasklet_s)
         else:
             tuning = Load(phase.name, situation.tuning_tokens, phase.tenant)
@@ -238,17 +304,19 @@ class PlannedTuning(SimulatedExecutor):
     def decode_run(self, batch: Batch) -> DecodeRun:
         """Decode steps with the planned tasklets beside each."""
         decodes, context, progress = batch.decodes, batch.decode_context, self.progress
-        situation = Situation(decodes, bucket(decodes, context), progress.job.tokens, progress.phase.name)
+        situation = self._situation(decodes, context)
         run = self.cost.decode(decodes, context)
         steps = min(run.steps, steps_in_bucket(decodes, context))
         planned = self._plan(situation)
         self._tasklets = min(planned, progress.remaining)
+        if self._limits.most_beside is not None and not self._is_fused(situation.phase):
+            self._tasklets = min(self._tasklets, self._limits.most_beside)
         if not self._tasklets:
-            return DecodeRun(run.first_s, run.increment_s, steps)
+            return self._led(DecodeRun(run.first_s, run.increment_s, steps))
         steps = min(steps, progress.remaining // self._tasklets)
         if situation not in self._plans:
             steps = 1  # the next iteration plans with what this one measured
-        return DecodeRun(run.first_s + self._extra_s(situation, self._tasklets), run.increment_s, steps)
+        return self._led(DecodeRun(run.first_s + self._extra_s(situation, self._tasklets), run.increment_s, steps))
 
     def advanced(self, steps: int) -> None:
         """The planned tasklets ran."""
@@ -259,13 +327,17 @@ class PlannedTuning(SimulatedExecutor):
         return max(until_s, now_s + self.progress.run_alone(until_s - now_s))
 
 
-class ExclusiveTuning(SimulatedExecutor):
+class ExclusiveTuning(Shared):
     """FineInfer: whole samples while nothing is served."""
 
     def __init__(self, cost: IterationCost, job: TuningJob, policy: FineInfer) -> None:
         super().__init__(cost)
         self._job, self._policy = job, policy
         self.samples = 0.0
+
+    def decode_run(self, batch: Batch) -> DecodeRun:
+        """The coming decode steps, which no tuning slows down."""
+        return self._led(super().decode_run(batch))
 
     def idle(self, now_s: float, until_s: float) -> float:
         """Samples run until the coming request has been held back long enough and the last sample has ended."""

@@ -90,6 +90,12 @@ class Layers:
         flops = ATTENTION_BACKWARD * self.shape.layer_attention_flops(tokens)
         return total, self.load(tokens, flops, 0, busy, total)
 
+    def tuning_s(self, phase: str, tokens: int) -> float:
+        """One layer of a sample in `phase`, seconds; of `recompute` the products alone."""
+        if phase == "recompute":
+            return self.costs.layer_linear_s(tokens)
+        return (self.forward(tokens) if phase == "forward" else self.backward(tokens))[0]
+
     def head(self, tokens: int) -> float:
         """LM head forward and backward over every position of a sample: seconds."""
         return 2 * 2 * tokens * self.shape.hidden * self.shape.vocab / self.tp / self.reach.flops

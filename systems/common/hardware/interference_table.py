@@ -63,11 +63,14 @@ class MeasuredInterference:
             InputError: that pair of phases was never measured.
         """
         pair = (serving.phase, tuning.phase)
-        limits = [limit for a, b, limit in self._grids if (a, b) == pair]
-        if not limits:
+        if not (limits := self.limits(*pair)):
             raise InputError(self.source, "serving_phase, tuning_phase", pair, "measure this pair of phases too")
         nearest = min(limits, key=lambda limit: abs(limit - tuning.tenant.sm_limit))
         return self._grids[(*pair, nearest)].at(serving.size, tuning.size)
+
+    def limits(self, serving_phase: str, tuning_phase: str) -> list[float]:
+        """The SM limits at which a pair of phases was measured."""
+        return [limit for a, b, limit in self._grids if (a, b) == (serving_phase, tuning_phase)]
 
 
 def read_interference(path: Path) -> MeasuredInterference:

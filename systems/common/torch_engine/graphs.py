@@ -35,6 +35,26 @@ def buckets(most: int) -> list[int]:
     return [size for size in sizes if size < most] + [most]
 
 
+_STREAMS: dict[tuple[int, int], torch.cuda.Stream] = {}
+
+
+def capture_stream() -> torch.cuda.Stream:
+    """The stream that graphs of the current device are captured on: one for each priority, and always the same.
+
+    A graph's kernels keep the priority of the stream that they were captured on, wherever it is replayed: so it is the current
+    stream's, which is high where serving shares the GPU. One stream, for cuBLAS keeps a workspace for each that it has seen.
+    """
+    key = torch.cuda.current_device(), torch.cuda.current_stream().priority
+    if key not in _STREAMS:
+        _STREAMS[key] = torch.cuda.Stream(priority=key[1])
+    return _STREAMS[key]
+
+
+def captured_on(stream: torch.cuda.Stream) -> bool:
+    """Whether graphs are captured on `stream`: nothing that runs beside them may use it."""
+    return stream in _STREAMS.values()
+
+
 class Graphs(Generic[Result]):
     """Captured work by key; all graphs share one memory pool, so what one returns holds until any of them runs again."""
 
@@ -56,15 +76,18 @@ class Graphs(Generic[Result]):
         self._captured.clear()
 
     def capture(self, key: object, work: Callable[[], Result]) -> None:
-        """Capture `work` under `key`, after one run of it on a side stream (compiles kernels, creates handles)."""
-        stream = torch.cuda.Stream()
+        """Capture `work` under `key`, after one run of it on that stream (compiles kernels, creates handles).
+
+        Replays have the priority of the stream that is current now.
+        """
+        stream = capture_stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             work()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         # NCCL's watchdog may touch events meanwhile: only this thread is held to what a capture allows
-        with torch.cuda.graph(graph, pool=self._pool, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
             result = work()
         self._captured[key] = graph, result
 

@@ -7,6 +7,9 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from torch import Tensor
+
+from systems.llmstation.corun.fusing import Fuser
 from systems.llmstation.corun.lanes import Lanes, Mark
 from systems.llmstation.corun.observed import Observed, Place, Step
 from systems.llmstation.corun.pace import Pace, Quiet
@@ -22,6 +25,7 @@ class Launched:
     place: Place | None
     begin: Mark
     end: Mark | None = None
+    fused: bool = False
 
 
 class Beside:
@@ -29,7 +33,8 @@ class Beside:
 
     Attributes:
         seen: called with every step that ended.
-        tasklets: tasklets launched beside steps, and while nothing was served.
+        tasklets: tasklets launched beside steps, while nothing was served, and fused into decode steps.
+        fuser: what makes fused steps; None for none.
     """
 
     def __init__(
@@ -38,7 +43,9 @@ class Beside:
         self.lanes, self.tuner, self.pace = lanes, tuner, pace if pace is not None else Quiet()
         self.seen: list[Callable[[Step], None]] = [] if observed is None else [observed.saw]
         self.clock: Callable[[], float] = time.perf_counter
-        self.tasklets = {"beside": 0, "alone": 0}
+        self.tasklets = {"beside": 0, "alone": 0, "fused": 0}
+        self.fuser: Fuser | None = None
+        self._fusing = False
         self._steps: deque[Launched] = deque()
         self._ran: deque[Ran] = deque()
         self._open: Launched | None = None
@@ -57,6 +64,18 @@ class Beside:
         coming = self.tuner.upcoming
         self.pace.step(place, coming.phase, coming.left)
         self._open = Launched(place, self.lanes.mark(tuning=False))
+        free = place is not None and self.fuser is not None and not self.tuner.done_in_sample
+        self._fusing = free and place is not None and self.pace.fuses(place)
+
+    def fused(self, rows: int) -> Tensor | None:
+        """The tokens of a decode step of `rows` rows fused with the coming sample's forward phase, where that is planned."""
+        planned, self._fusing = self._fusing, False
+        if not planned or self.tuner is None or self.fuser is None or (size := self.fuser.size(rows)) is None:
+            return None
+        assert self._open is not None
+        self._open.fused = True
+        self.tasklets["fused"] += self.tuner.upcoming.left
+        return self.tuner.fuse(self.fuser, size)
 
     def launched(self) -> None:
         """It was launched. Where nothing overlaps, its tasklets run now, as part of it."""
@@ -126,4 +145,4 @@ class Beside:
                 overlap_s += shared_s
                 if ended:
                     durations.setdefault(ran.phase, []).append(ran.end.after_s(ran.begin))
-        return Step(step.place, took_s, overlap_s, durations)
+        return Step(step.place, took_s, overlap_s, durations, step.fused)

@@ -52,7 +52,7 @@ class Colocated:
                 executor.drain()
                 if requests[coming].arrival_s > idle_from_s:  # else it came while something was served
                     self._idle(requests[coming].arrival_s, until_s)
-            elif coming < len(requests):
+            elif coming < len(requests) or self.beside.tunes:
                 self._put_off()
             now_s = self.now_s()
             while coming < len(requests) and requests[coming].arrival_s <= now_s:

@@ -2,13 +2,33 @@
 
 from __future__ import annotations
 
+from typing import cast
+
+from torch import Tensor
+
 from systems.common.engine.engine import Engine
 from systems.common.engine.executor import Batch, DecodeRun
+from systems.common.torch_engine.device import DeviceHalf
 from systems.common.torch_engine.executor import TorchExecutor
-from systems.common.torch_engine.flights import Flights
+from systems.common.torch_engine.flights import Flight, Flights
 from systems.llmstation.corun.beside import Beside
+from systems.llmstation.corun.fusing import FusingHalf
 from systems.llmstation.corun.observed import Place
 from systems.llmstation.simulated import bucket
+
+
+class Awaited(Flights):
+    """Flights that know for how long the host has waited for the next one already, launching tasklets meanwhile.
+
+    Without it every step would seem to have ended before the host came for it, and no launch would be put off any more: steps
+    would be launched as soon as those before them begin, and tasklets find no step under way that is theirs.
+    """
+
+    awaited_s = 0.0
+
+    def _note(self, flight: Flight, began: float) -> None:
+        super()._note(flight, began - self.awaited_s)
+        self.awaited_s = 0.0
 
 
 class CoRunExecutor(TorchExecutor):
@@ -16,6 +36,16 @@ class CoRunExecutor(TorchExecutor):
 
     beside: Beside
     _before = 0
+
+    def may_fuse(self) -> None:
+        """Ask `beside` before every decode step whether it is a fused one."""
+        if not isinstance(self.half, FusingHalf):
+            self.half = cast(DeviceHalf, FusingHalf(self.half, self._fused))
+
+    def _fused(self, rows: int) -> Tensor | None:
+        """The tokens of a fused step, if one is planned."""
+        self.model.adapted = False
+        return self.beside.fused(rows)
 
     @property
     def engine(self) -> Engine:
@@ -49,7 +79,10 @@ class CoRunExecutor(TorchExecutor):
             self.beside.launched()
         flying = self.flights._flying
         if (place := len(flying) - keep - 1) >= 0 and (event := flying[place].event) is not None:
+            began_s = self.clock()
             self.beside.wait(lambda: not event.query())
+            if isinstance(self.flights, Awaited):
+                self.flights.awaited_s = self.clock() - began_s
         super()._settle(keep)
         self.beside.harvest()
 
@@ -65,7 +98,7 @@ class CoRunExecutor(TorchExecutor):
         assert not self._slots, "sequences of the engine before still hold slots"
         self._finished = self._preemptions = 0
         self._before = 0
-        self.flights = Flights(self.clock)
+        self.flights = Awaited(self.clock)
         for kept in (self.outputs, self._prompts, self._samplings, self._over, self._stopped):
             kept.clear()
         self._stale = True

@@ -50,6 +50,10 @@ class Lanes(Protocol):
         """Later work on the tuning lane waits for `mark`."""
         ...
 
+    def hold(self, mark: Mark) -> None:
+        """Later work on the serving lane waits for `mark`."""
+        ...
+
 
 class CudaMark:
     """A CUDA event."""
@@ -107,11 +111,18 @@ class CudaLanes:
         assert isinstance(mark, CudaMark)
         self._tuning.wait_event(mark.event)
 
+    def hold(self, mark: Mark) -> None:
+        """Later work on the serving stream waits for `mark`."""
+        assert isinstance(mark, CudaMark)
+        self._serving.wait_event(mark.event)
+
 
 def _own_stream() -> torch.cuda.Stream:
     """A stream that no graph is captured on: torch deals streams out in turn, and cuBLAS keeps one workspace for each."""
+    from systems.common.torch_engine.graphs import captured_on
+
     stream = torch.cuda.Stream()
-    while stream == torch.cuda.graph.default_capture_stream:
+    while stream == torch.cuda.graph.default_capture_stream or captured_on(stream):
         stream = torch.cuda.Stream()
     return stream
 
@@ -155,6 +166,9 @@ class HostLanes:
         return HostMark()
 
     def gate(self, mark: Mark) -> None:
+        """Nothing runs ahead."""
+
+    def hold(self, mark: Mark) -> None:
         """Nothing runs ahead."""
 
 

@@ -11,6 +11,7 @@ planner's bound becomes slack / l_p, as it must.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from systems.llmstation.latency_source import LatencySource, Situation
@@ -40,12 +41,14 @@ class Step:
         took_s: seconds it took.
         overlap_s: seconds of it beside which a tasklet ran.
         tasklets_s: by phase, the seconds that each tasklet which ended took.
+        fused: whether it was a decode step with a sample's forward phase in it.
     """
 
     place: Place | None
     took_s: float
     overlap_s: float = 0.0
     tasklets_s: dict[str, list[float]] = field(default_factory=dict)
+    fused: bool = False
 
 
 def co_run(alone_s: float, took_s: float, overlap_s: float, tasklet_s: float, layers: int) -> CoRunLatencies:
@@ -63,12 +66,15 @@ class Observed:
         source: record, profile and regression, in this order.
         layers: decode tasklets of an iteration, N_d.
         alone_s: seconds of a decode step alone by place (running mean).
+        fused_s: seconds of a fused step by place (running mean); `fused_profile` by rows, as timed beforehand.
     """
 
     def __init__(self, layers: int, tuning_tokens: int, source: LatencySource | None = None) -> None:
         self.layers, self.tuning_tokens = layers, tuning_tokens
         self.source = source if source is not None else LatencySource({})
         self.alone_s: dict[Place, float] = {}
+        self.fused_s: dict[Place, float] = {}
+        self.fused_profile: Mapping[int, float] = {}
         self._since: dict[Place, int] = {}
 
     def situation(self, place: Place, phase: str) -> Situation:
@@ -92,9 +98,20 @@ class Observed:
         alone = alone_s / self.layers
         return CoRunLatencies(alone, max(alone, known.decode_s * alone / known.decode_alone_s), known.tuning_s)
 
+    def fused(self, place: Place) -> float | None:
+        """Seconds that a fused step in `place` takes, as far as is known; None where nothing is."""
+        if (known := self.fused_s.get(place)) is not None:
+            return known
+        rows = min((rows for rows in self.fused_profile if rows >= place.decodes), default=None)
+        return None if rows is None else max(self.fused_profile[rows], self.alone_s.get(place, 0.0))
+
     def saw(self, step: Step) -> None:
         """Learn from a decode step that ended."""
         if step.place is None:
+            return
+        if step.fused:
+            before = self.fused_s.get(step.place, step.took_s)
+            self.fused_s[step.place] = before + WEIGHT * (step.took_s - before)
             return
         if step.overlap_s <= 0:
             before = self.alone_s.get(step.place, step.took_s)

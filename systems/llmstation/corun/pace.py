@@ -17,7 +17,7 @@ from systems.common.engine.sequence import Sequence
 from systems.llmstation.baselines.fineinfer import FineInfer
 from systems.llmstation.corun.observed import Observed, Place
 from systems.llmstation.modes import FeedbackMode, FixedMode, PlannerMode
-from systems.llmstation.planner import plan_overlapped
+from systems.llmstation.planner import plan_fused, plan_overlapped
 
 ALONE = 1 << 30
 
@@ -33,6 +33,10 @@ class Pace(Protocol):
 
         The next tasklet is of `phase`, of which `left` are to come.
         """
+        ...
+
+    def fuses(self, place: Place) -> bool:
+        """After `step` for a decode step in `place`, between two samples: whether it takes a forward phase along."""
         ...
 
     def launched(self, phase: str, done_in_sample: int, now_s: float) -> None:
@@ -58,6 +62,10 @@ class Quiet:
 
     def step(self, place: Place | None, phase: str, left: int) -> None:
         """Nothing."""
+
+    def fuses(self, place: Place) -> bool:
+        """Never."""
+        return False
 
     def launched(self, phase: str, done_in_sample: int, now_s: float) -> None:
         """Nothing."""
@@ -107,17 +115,29 @@ class Planned(Quiet):
         self.mode, self.observed = mode, observed
         self.plans: list[int] = []
         """Tasklets planned for each decode step."""
-        self._quota = 0
+        self._quota, self._alone = 0, False
 
     def step(self, place: Place | None, phase: str, left: int) -> None:
         """Plan for a decode step with what is known of its latencies."""
         self._quota = 0
         if place is None:
             return
-        if not self.observed.alone_is_due(place):
+        if not (alone := self.observed.alone_is_due(place)):
             latencies = self.observed.lookup(place, phase)
             self._quota = plan_overlapped(latencies, self.observed.layers, self.mode.target_s, left)
+        self._alone = alone
         self.plans.append(self._quota)
+
+    def fuses(self, place: Place) -> bool:
+        """Where all layers may be fused (see `plan_fused`); nothing else runs beside such a step then."""
+        observed = self.observed
+        if not self.mode.fused or self._alone or (took_s := observed.fused(place)) is None:
+            return False
+        layers, alone_s = observed.layers, observed.alone_s[place] / observed.layers
+        if plan_fused(alone_s, took_s / layers, layers, self.mode.target_s, layers) < layers:
+            return False
+        self._quota, self.plans[-1] = 0, layers
+        return True
 
     def launched(self, phase: str, done_in_sample: int, now_s: float) -> None:
         """One less."""

@@ -22,11 +22,13 @@ from systems.llmstation.adapters import AdapterLimited
 from systems.llmstation.corun.beside import Beside
 from systems.llmstation.corun.driver import Colocated
 from systems.llmstation.corun.executor import CoRunExecutor
+from systems.llmstation.corun.fusing import Fuser
 from systems.llmstation.corun.lanes import Lanes, lanes_of
 from systems.llmstation.corun.observed import Observed
 from systems.llmstation.corun.pace import Counted
 from systems.llmstation.corun.tuner import Tuner
 from systems.llmstation.training import Trains
+from systems.llmstation.training.trainer import Trainer
 
 PROFILED = (1, 4, 16, 32, 64)
 """Decode batches of the offline profile."""
@@ -72,7 +74,7 @@ class Wanted:
 
 @dataclass(slots=True)
 class Session:
-    """See the module. `profile` is filled by `profiled`."""
+    """See the module. `profile` is filled by `profiled`, `fusing` by `fuser`."""
 
     wanted: Wanted
     config: EngineConfig
@@ -82,6 +84,7 @@ class Session:
     trainer: Trains | None
     notes: tuple[str, ...]
     profile: Observed | None = field(default=None)
+    fusing: Fuser | str | None = field(default=None)
 
     @classmethod
     def start(cls, wanted: Wanted, trainer: Trains | None = None) -> Session:
@@ -137,6 +140,27 @@ class Session:
         self.executor.beside = beside
         self.executor.renew(engine)
         return Colocated(engine, self.executor)
+
+    def fuser(self) -> Fuser | str:
+        """Fused steps, captured once; or why there are none."""
+        if self.fusing is None:
+            try:
+                self.fusing = self._make_fuser()
+            except (RuntimeError, AssertionError) as error:  # out of memory, or a capture that failed: tuning goes on without
+                self.fusing = f"not fused: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"[:200]
+        return self.fusing
+
+    def _make_fuser(self) -> Fuser | str:
+        if self.wanted.sms is not None:
+            return "not fused: tuning is limited to some SMs, a decode step is not"
+        trainer = getattr(self.trainer, "trainer", self.trainer)  # a graphed one's own
+        if not isinstance(trainer, Trainer):
+            return "not fused: this trainer has no forward phase of whole layers"
+        fuser = Fuser(trainer, self.executor.steps, self.wanted.tuning_tokens)
+        with self.lanes.serving():
+            fuser.warm()
+        self.executor.may_fuse()
+        return fuser
 
     def profiled(self) -> Observed:
         """The offline profile of co-run latencies, measured once: decode steps with and without tasklets beside them."""

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from systems.llmstation.corun.fusing import Fuser
 from systems.llmstation.corun.lanes import Lanes, Mark
 from systems.llmstation.training import Sample, Tasklet, Trains
 
@@ -67,7 +68,8 @@ class Tuner:
         self._begin()
 
     def _begin(self) -> None:
-        self._sample: Sample = self.trainer.steps(next(self._batches))
+        self._batch = next(self._batches)
+        self._sample: Sample = self.trainer.steps(self._batch)
         self.length = self._left = self._sample.remaining
         assert self._left > 0, "a sample without tasklets"
 
@@ -111,6 +113,25 @@ class Tuner:
         if not self._left:
             self._begin()
         return phase
+
+    def fuse(self, fuser: Fuser, rows: int) -> torch.Tensor:
+        """Run the whole forward phase of the coming sample inside a decode step, on the serving lane; the step's tokens.
+
+        The lanes wait for each other: the step for tasklets before it, later ones for the step. `rows`: one of `fuser.sizes`.
+        """
+        assert not self.done_in_sample, "a sample is under way"
+        forward = self.upcoming.left
+        with self.lanes.serving(), torch.inference_mode(False), torch.no_grad():
+            self.lanes.hold(self.lanes.mark(tuning=True))
+            sample = fuser.steps(self._batch, rows)
+            next(sample)
+            end = self.lanes.mark(tuning=False)
+            self.lanes.gate(end)
+        self._sample = sample
+        self._flying.append((end, forward / self.length))
+        self.launched += forward
+        self._left -= forward
+        return sample.decoded.tokens
 
     def wait_for_room(self) -> None:
         """Wait until another tasklet may be launched."""
