@@ -1,7 +1,7 @@
 """Bars in groups: one group per level of x, one bar per series.
 
 A bar of 0 is written as `0` on the axis, so that it differs from a number that is absent, which leaves a gap. Values
-that the paper prints are hollow diamonds over our bars.
+that the paper prints are hollow diamonds over our bars. `y_scale: log` begins at the power of ten below the least bar.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Rectangle
+from matplotlib.ticker import NullFormatter
 from pandas import DataFrame
 
 from figures import style
@@ -90,8 +92,14 @@ def _dress(axes: Axes, plot: Mapping[str, Any], x: str, y: str, labels: list[str
     axes.set_xticks(range(len(labels)), labels)
     axes.tick_params(axis="x", length=0)
     axes.set_xlim(-0.5, len(labels) - 0.5)
-    axes.set_ylim(bottom=0)
-    if axes.get_ylim()[1] <= 0.06:  # every bar is 0: matplotlib would show a meaningless scale
+    heights = [bar.get_height() for bar in axes.patches if isinstance(bar, Rectangle) and bar.get_height() > 0]
+    if plot.get("y_scale") == "log" and heights:
+        axes.set_yscale("log")
+        axes.yaxis.set_minor_formatter(NullFormatter())  # powers of ten are enough
+        axes.set_ylim(bottom=10.0 ** math.floor(math.log10(min(heights)) - 0.05))
+    else:
+        axes.set_ylim(bottom=0)
+    if axes.get_ylim()[1] <= 0.06 and plot.get("y_scale") != "log":  # every bar is 0: matplotlib would show a meaningless scale
         axes.set_ylim(0, 1)
     axes.set_xlabel(str(plot.get("x_label") or x))
     axes.set_ylabel(str(plot.get("y_label") or y))

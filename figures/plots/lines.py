@@ -14,10 +14,13 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import NullLocator
 from pandas import DataFrame
 
 from figures import PlotError, style
 from figures.plots import data
+
+_FEW = 8  # levels that get a tick each on a logarithmic axis
 
 
 def build(table: DataFrame, plot: Mapping[str, Any]) -> Figure:
@@ -77,12 +80,22 @@ def _paper(axes: Axes, table: DataFrame, series: list[data.Series], plot: Mappin
     return found
 
 
+def _ticks_at_levels(axes: Axes, plot: Mapping[str, Any]) -> None:
+    """Mark the levels themselves where they are few: nobody measures at powers of ten."""
+    levels = sorted({float(x) for line in axes.get_lines() for x in np.asarray(line.get_xdata(), dtype=float)})
+    if len(levels) <= _FEW:
+        axes.set_xticks(levels, [data.level_label(level, plot) for level in levels])
+        axes.xaxis.set_minor_locator(NullLocator())
+
+
 def _dress(axes: Axes, plot: Mapping[str, Any]) -> None:
     cdf = bool(plot.get("cdf"))
     for axis in ("x_scale", "y_scale"):
         if plot.get(axis, "linear") not in ("linear", "log"):
             raise PlotError(f"plot.{axis}: {plot[axis]!r}: use linear or log")
     axes.set_xscale(plot.get("x_scale", "linear"))
+    if plot.get("x_scale") == "log" and not cdf:
+        _ticks_at_levels(axes, plot)
     axes.set_yscale(plot.get("y_scale", "linear"))
     if cdf:
         axes.set_ylim(0, 1)

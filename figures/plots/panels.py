@@ -77,7 +77,7 @@ def _draw(axes: Axes, rows: DataFrame, series: list[data.Series], panel: str, le
             hollow = _look(one) | {"linestyle": "none", "label": "_paper", "markersize": 6.5}
             axes.plot(*zip(*marks, strict=True), **hollow, markerfacecolor="none", clip_on=False)
     text = f"{level:g}" if isinstance(level, int | float) else str(level)
-    axes.set_title(f"{panel} = {text}")
+    axes.set_title(f"{panel.replace('_', ' ')} = {text}")
     axes.set_xscale(plot.get("x_scale", "linear"))
     axes.set_yscale(plot.get("y_scale", "linear"))
     if plot.get("zero", True) and plot.get("y_scale", "linear") == "linear":

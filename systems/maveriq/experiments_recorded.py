@@ -9,6 +9,7 @@ Nothing stands in for a table that is not there.
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -20,8 +21,6 @@ from typing import Any
 from systems.common.core import Outcome, Scalar, Trial
 from systems.common.errors import InputError
 from systems.maveriq.fingerprint import Fingerprints, Point, read_fingerprints
-from systems.maveriq.profile import judge
-from systems.maveriq.profile.tables import read as read_table
 
 REFERENCE = Path(__file__).resolve().parents[2] / "reference"
 PROFILES = ("h200", "h200x2", "h200x4")
@@ -81,6 +80,8 @@ def request(trial: Trial) -> Outcome:
 
 def error(trial: Trial) -> Outcome:
     """Errors of `mode` against every whole model at `batch` (1, or above 1), all GPUs' tables together, in percent."""
+    from systems.maveriq.profile import judge  # not at import: every series of every figure would wait for it
+
     prints, whole = (_together(f"{name}.csv") for name in ("fingerprints", "whole"))
     found, _ = judge.judge(prints, whole, PROMPTS)
     rows = judge.summary([one for one in found if one.mode == _text(trial, "mode")])
@@ -136,7 +137,8 @@ def _profile(folder: str, name: str, needed: bool = True) -> list[dict[str, str]
     file = REFERENCE / folder / "maveriq" / "profile" / name
     if not file.is_file() and not needed:
         return []
-    return read_table(file)
+    with file.open(newline="", encoding="utf-8") as stream:
+        return list(csv.DictReader(stream))
 
 
 def _or_absent(table: str) -> None:

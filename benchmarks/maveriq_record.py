@@ -1,0 +1,94 @@
+"""Keep what H200s measured as MaverIQ's recorded figures: `snakemake maveriq --config backend=recorded` draws them.
+
+    python benchmarks/maveriq_record.py [FIGURE ...]
+
+For every figure under figures/maveriq that is recorded only, asks its experiment for each point
+(systems/maveriq/experiments_recorded.py reads the tables under reference/) and writes table.csv and provenance.json into
+reference/<gpu>/maveriq/<figure>/. A figure whose tables are not there is named on stderr in one line, and the others are
+written. Exit status: 0; 1 where any was not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from harness.atomic import write_atomically  # noqa: E402
+from harness.figure_file import FigureFile, load_figure  # noqa: E402
+from harness.provenance import commit  # noqa: E402
+from harness.reference import Reference  # noqa: E402
+from harness.rows import About, Row  # noqa: E402
+from harness.table import as_csv, columns  # noqa: E402
+from systems.registry import InputError, Trial, experiment  # noqa: E402
+
+FIGURES = ROOT / "figures" / "maveriq"
+
+
+def rows(figure: FigureFile, name: str) -> tuple[list[Row], set[str]]:
+    """The points of one series, and what they want said. Raises InputError where nothing is recorded."""
+    found: list[Row] = []
+    notes: set[str] = set()
+    for point in figure.points(name):
+        trial = Trial("maveriq", figure.experiment, point.parameters, figure.testbed, "recorded")
+        outcome = experiment("maveriq", figure.experiment)(trial)
+        notes |= set(outcome.notes)
+        row: Row = {"series": name, **point.at}
+        row |= {key: outcome.metrics[key] for key in (figure.objective, *figure.columns)}
+        found.append(row | {"feasible": True, "outcome": "recorded", "probes": 1, "trial": None})
+    if all(row[figure.objective] != row[figure.objective] for row in found):
+        raise InputError(figure.title, name, "no point", "nothing of it was measured: run benchmarks/maveriq_gpu.py")
+    return found, notes
+
+
+def record(path: Path, root: Path = ROOT / "reference") -> Path:
+    """Write one figure's reference; its folder. Raises InputError where its tables are not there."""
+    figure = load_figure(path)
+    read = {series.name: rows(figure, series.name) for series in figure.series}
+    told = commit(ROOT)
+    code = f"{str(told['commit'])[:10]}{'+' if told['dirty'] is True else ''}"
+    about = {
+        name: asdict(About([figure.testbed], ["measured"], ["paper"], [0], [code], notes=sorted(notes)))
+        for name, (_, notes) in read.items()
+    }
+    folder = Reference.of("maveriq", path.stem, figure.testbed, root).folder
+    folder.mkdir(parents=True, exist_ok=True)
+    whole = [row for found, _ in read.values() for row in found]
+    origin: dict[str, Any] = {
+        "testbed": figure.testbed,
+        "about": about,
+        "trials": {},
+        "command": "benchmarks/maveriq_record.py",
+    }
+    write_atomically(folder / "table.csv", as_csv(whole, columns(figure)))
+    write_atomically(folder / "provenance.json", json.dumps(origin, indent=1, sort_keys=True) + "\n")
+    return folder
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """See the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("figures", nargs="*", help="names of figures (default: all that are recorded only)")
+    options = parser.parse_args(arguments)
+    paths = [FIGURES / f"{name}.yaml" for name in options.figures] or sorted(FIGURES.glob("*.yaml"))
+    failed = 0
+    for path in paths:
+        try:
+            if not options.figures and load_figure(path).backends != ["recorded"]:
+                continue
+            print(record(path).relative_to(ROOT))
+        except InputError as error:
+            failed += 1
+            print(f"{path.stem}: {error}", file=sys.stderr)
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
