@@ -23,3 +23,8 @@ def mirror() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no data mirror at {folder}: set FIVEFOLD_MIRROR")
     return folder
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """Two workers for each core under `-n auto`: tests against real servers spend more time waiting than computing."""
+    return 2 * (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
