@@ -49,6 +49,14 @@ def ensure(lock: Path, keep_in: Path | None = None) -> Path:
 
 
 def _pip(lock: Path, folder: Path, *words: str) -> None:
+    """Download, and once more where that failed: an index that does not answer looks like one that lacks the package."""
+    try:
+        _download(lock, folder, *words)
+    except InputError:
+        _download(lock, folder, *words)
+
+
+def _download(lock: Path, folder: Path, *words: str) -> None:
     command = [sys.executable, "-m", "pip", "download", "-qq", "--disable-pip-version-check", "--no-input"]
     try:
         done = subprocess.run(

@@ -40,7 +40,7 @@ class Lines:
         """Nothing more comes: a last line without its end is a line too."""
         self._take(self._decoder.decode(b"", final=True))
         if self._rest and self._on_line:
-            self._on_line(self._rest)
+            self._on_line(self._rest.removesuffix("\r"))
 
     def _take(self, text: str) -> None:
         self._pieces.append(text)
@@ -121,7 +121,7 @@ class Exchange:
 
     def _read(self, receive: Callable[[int], bytes], sink: Sink) -> None:
         try:
-            while data := receive(_CHUNK):
+            while data := _received(receive):
                 sink.write(data)
             sink.close()
         except BaseException as error:  # said by the thread that waits; the host must not wait for us for ever
@@ -150,3 +150,11 @@ class Exchange:
         self.failure = self.failure or error
         with contextlib.suppress(OSError, EOFError):  # the connection has ended: so has the channel
             self.channel.close()
+
+
+def _received(receive: Callable[[int], bytes]) -> bytes:
+    """The next bytes; none when there will be no more, also where the connection ends under paramiko's own hands."""
+    try:
+        return receive(_CHUNK)
+    except (OSError, EOFError, paramiko.SSHException):
+        return b""
