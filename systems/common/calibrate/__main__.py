@@ -2,8 +2,8 @@
 
     python -m systems.common.calibrate --model llama-3.1-8b --gpu h200 --out reference/h200/calibrated/llama-3.1-8b
 
-takes a few minutes with one GPU to itself. `snakemake calibrate` runs it where a GPU is. Use the result with
-`--operators FOLDER` of `python -m systems.common.simulate`, or `costs(..., operators=FOLDER)`.
+takes about three minutes with one GPU to itself, half a minute with `--quick`. `snakemake calibrate` runs it where a GPU is.
+Use the result with `--operators FOLDER` of `python -m systems.common.simulate`, or `costs(..., operators=FOLDER)`.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--model", default="llama-3.1-8b", help="a model shape (default: %(default)s)")
     made.add_argument("--gpu", required=True, help="the GPU's name in the datasheet, such as h200")
     made.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: a small shape and few points, for tests")
+    made.add_argument("--quick", action="store_true", help="a thin grid: half a minute instead of about three")
     made.add_argument("--runs", type=int, default=15, help="timed runs per point (default: %(default)s)")
     made.add_argument("--commit", default="unknown", help="of this code, where there is no git to ask")
     made.add_argument("--out", type=Path, required=True, help="folder for the tables; a calibration there is replaced")
@@ -41,7 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             from systems.common.calibrate.run import calibrate
         except ModuleNotFoundError as error:
             raise InputError("calibrate", "torch", "not installed", "`make torch` installs it") from error
-        folder = calibrate(shape, card.name, options.device, options.runs, options.commit)
+        folder = calibrate(shape, card.name, options.device, options.runs, options.commit, options.quick)
         folder.write(options.out)
     except InputError as error:
         print(error, file=sys.stderr)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from systems.common.torch_engine.graphs import MIXED_ROWS, buckets
@@ -85,6 +85,28 @@ def full(cached_tokens: int, max_num_seqs: int = 512) -> Grid:
             (n, 900, chunk, past) for n in (0, 20, 100) for chunk in (100, 300, 700, 1500) for past in (0, 600)
         ),
         cached_tokens=cached_tokens,
+    )
+
+
+def quick(cached_tokens: int, max_num_seqs: int = 512) -> Grid:
+    """A thin grid for half a minute of GPU time: the one that reference/h200/calibrated was measured on."""
+    return replace(
+        full(cached_tokens, max_num_seqs),
+        tokens=(1, 8, 32, 64, 128, 256, 512, 1024, 2048),
+        sequences=(1, 32, 128, 256),
+        decodes=(1, 8, 16, 32, 64, 96, 128, 256),
+        contexts=(128, 512, 1024, 2048, 4096),
+        chunks=(64, 256, 512, 1024, 2048, 4096),
+        pasts=(0, 2048),
+        mixed_chunks=(128, 512, 1024),
+        mixed_pasts=(0,),
+        mixed_decodes=(16, 64, 128),
+        mixed_contexts=(512, 1024),
+        step_chunks=(32, 64, 128, 192, 256, 384, 512, 768, 1024, 2048),
+        step_rows=(0, 16, 32, 48, 64, 80, 96, 128),
+        check_rows=(50,),
+        check_contexts=(700,),
+        check_batches=((20, 900, 300, 0),),
     )
 
 

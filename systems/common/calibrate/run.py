@@ -34,7 +34,7 @@ SERVED_ROWS = (1, 8, 32, 128)
 STEP_COLUMNS = ("rows", "context", "chunk", "past", "time_us")
 
 
-def calibrate(shape: ModelShape, gpu: str, device: str, runs: int, commit: str) -> Folder:
+def calibrate(shape: ModelShape, gpu: str, device: str, runs: int, commit: str, quick: bool = False) -> Folder:
     """Measure everything; the files to write.
 
     Raises InputError where there is no such device or not enough memory.
@@ -45,11 +45,12 @@ def calibrate(shape: ModelShape, gpu: str, device: str, runs: int, commit: str) 
     torch.manual_seed(0)
     bench = Bench.build(shape, torch.device(device), max_num_seqs=16 if small else 512, blocks=64 if small else None)
     clock = Clock(bench.device, runs)
-    grid = grids.small(bench.cached_tokens) if small else grids.full(bench.cached_tokens)
+    grid = (grids.small if small else grids.quick if quick else grids.full)(bench.cached_tokens)
     folder = Folder()
     _operators(bench, clock, grid, folder)
     _steps(bench, clock, grid, small, folder)
-    _extras(bench, clock, small, folder)
+    if not quick:
+        _extras(bench, clock, small, folder)
     if not small:
         torch.cuda.synchronize()
     spent_s = time.perf_counter() - began

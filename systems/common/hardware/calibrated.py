@@ -31,10 +31,9 @@ from systems.common.hardware.readings import read_numbers
 from systems.common.hardware.roofline import RooflineCosts
 from systems.common.hardware.step_rest import StepRest
 from systems.common.hardware.table_costs import AttentionTable, Listed
-from systems.common.hardware.tables import AttentionPoint
+from systems.common.hardware.tables import AttentionPoint, read_attention
 
 LIMITS = ("num_gpu_blocks", "block_tokens", "max_num_batched_tokens", "max_num_seqs")
-ATTENTION_COLUMNS = ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode", "time_us")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +90,7 @@ def read_calibration(folder: Path) -> Calibration:
         _curve(folder / "layer.csv", "tokens"),
         _curve(folder / "head.csv", "sequences"),
         _curve(folder / "embedding.csv", "tokens"),
-        _attention(folder / "attention.csv"),
+        read_attention(folder / "attention.csv"),
         _steps(folder / "steps.csv"),
         _engine(folder / "engine.yaml"),
     )
@@ -134,19 +133,11 @@ class CalibratedCosts:
 
     def attention_s(self, chunks: Sequence[Chunk], decodes: int, decode_context: int) -> float:
         """See `OperatorCosts`; several chunks as in `TableCosts`."""
-        if not chunks:
-            return self.decode_attention(decodes, decode_context).at(decode_context)
-        table = self._table
-        alone = [table.chunk_s(chunk.tokens, chunk.past) for chunk in chunks]
-        seconds = alone[0] + sum(max(0.0, other - table.fixed_s) for other in alone[1:])
-        if not decodes:
-            return seconds
-        largest = max(chunks, key=lambda chunk: (chunk.tokens, chunk.past))
-        return seconds + table.added_s(largest, decodes, decode_context / decodes)
+        return self._table.batch_s(chunks, decodes, decode_context)
 
     def decode_attention(self, decodes: int, decode_context: int) -> Affine:
         """See `OperatorCosts`."""
-        return self._table.decode_line(decodes, decode_context) if decodes else Affine(0.0, 0.0)
+        return self._table.decode_line(decodes, decode_context)
 
     def all_reduce_s(self, size_bytes: int) -> float:
         """0: one GPU."""
@@ -156,21 +147,6 @@ class CalibratedCosts:
 def _curve(path: Path, axis: str) -> Curve:
     columns = read_numbers(path, (axis, "time_us"))
     return Curve.of((x, _seconds(path, row, us)) for row, (x, us) in enumerate(zip(*columns.values(), strict=True), start=2))
-
-
-def _attention(path: Path) -> dict[AttentionPoint, float]:
-    found: dict[AttentionPoint, float] = {}
-    rows = zip(*read_numbers(path, ATTENTION_COLUMNS).values(), strict=True)
-    for row, (chunk, past, decodes, context, us) in enumerate(rows, start=2):
-        found[int(chunk), int(past), int(decodes), int(context)] = _seconds(path, row, us)
-    alone = {
-        "n_decode": any(decodes and not chunk for chunk, _, decodes, _ in found),
-        "prefill_chunk": any(chunk and not decodes for chunk, _, decodes, _ in found),
-    }
-    for column, present in alone.items():
-        if not present:
-            raise InputError(path, f"column {column}", 0, f"add rows where {column} alone is above 0")
-    return found
 
 
 def _steps(path: Path) -> dict[AttentionPoint, float]:

@@ -80,11 +80,24 @@ class AttentionTable:
 
     def decode_line(self, decodes: int, total_context: int) -> Affine:
         """Seconds of `decodes` sequences alone, as a line in their total context that holds at `total_context`."""
+        if not decodes:
+            return Affine(0.0, 0.0)
         found = self._decode_pieces.get(decodes)
         if found is None:
             found = self._decode_pieces[decodes] = _by_total(self.decode.curve(decodes), decodes)
         ends, pieces = found
         return pieces[bisect_right(ends, total_context)]
+
+    def batch_s(self, chunks: Sequence[Chunk], decodes: int, decode_context: int) -> float:
+        """Seconds of a batch; see the module's docstring for several chunks and for decodes beside them."""
+        if not chunks:
+            return self.decode_line(decodes, decode_context).at(decode_context)
+        alone = [self.chunk_s(chunk.tokens, chunk.past) for chunk in chunks]
+        seconds = alone[0] + sum(max(0.0, other - self.fixed_s) for other in alone[1:])
+        if not decodes:
+            return seconds
+        largest = max(chunks, key=lambda chunk: (chunk.tokens, chunk.past))
+        return seconds + self.added_s(largest, decodes, decode_context / decodes)
 
     def chunk_s(self, tokens: int, past: int) -> float:
         """Seconds of one prefill chunk alone."""
@@ -155,19 +168,11 @@ class TableCosts:
 
     def attention_s(self, chunks: Sequence[Chunk], decodes: int, decode_context: int) -> float:
         """See `OperatorCosts`, and the module's docstring."""
-        if not chunks:
-            return self.decode_attention(decodes, decode_context).at(decode_context)
-        table = self._attention
-        alone = [table.chunk_s(chunk.tokens, chunk.past) for chunk in chunks]
-        seconds = alone[0] + sum(max(0.0, other - table.fixed_s) for other in alone[1:])
-        if not decodes:
-            return seconds
-        largest = max(chunks, key=lambda chunk: (chunk.tokens, chunk.past))
-        return seconds + table.added_s(largest, decodes, decode_context / decodes)
+        return self._attention.batch_s(chunks, decodes, decode_context)
 
     def decode_attention(self, decodes: int, decode_context: int) -> Affine:
         """See `OperatorCosts`: a new piece begins where the context per sequence passes a measured one."""
-        return self._attention.decode_line(decodes, decode_context) if decodes else Affine(0.0, 0.0)
+        return self._attention.decode_line(decodes, decode_context)
 
     def all_reduce_s(self, size_bytes: int) -> float:
         """See `OperatorCosts`."""

@@ -77,7 +77,7 @@ def read_kernel_tables(folder: Path, tp: int = 1) -> KernelTables:
         raise InputError(folder, "tp", tp, f"put tables measured at that degree into {nested.name}/")
     dense = _curves(_file(inside, "dense"), "tokens", tuple(PER_LAYER) + PER_ITERATION)
     per_sequence = _curves(_file(inside, "per_sequence"), "sequences", PER_SEQUENCE)
-    return KernelTables(folder, dense, per_sequence, _attention(_file(inside, "attention")), meta)
+    return KernelTables(folder, dense, per_sequence, read_attention(_file(inside, "attention")), meta)
 
 
 def read_linear_table(path: Path, tp: int, model: ModelShape | None = None) -> LinearTable:
@@ -150,7 +150,11 @@ def _curves(path: Path, axis: str, operators: tuple[str, ...]) -> dict[str, Curv
     return {name: Curve.of(points[name]) for name in operators if name in points}
 
 
-def _attention(path: Path) -> dict[AttentionPoint, float]:
+def read_attention(path: Path) -> dict[AttentionPoint, float]:
+    """Seconds of attention by point, from a CSV with times in us.
+
+    Raises InputError for a missing column, a bad value, or no row of decodes or of a chunk alone.
+    """
     axes = ("prefill_chunk", "kv_prefill", "n_decode", "kv_decode")
     columns = read_numbers(path, (*axes, "time_us"))
     found: dict[AttentionPoint, float] = {}
