@@ -26,10 +26,13 @@ def footer(about: About) -> str:
     """What stands under a figure: backend and testbed, hardware model, data, seed, commit."""
     data = [*about.datasets, *(f"synthetic stand-in for {name}" for name in about.stand_ins)]
     smoke = ["smoke scale: not the paper's experiment"] if "smoke" in about.scales else []
+    notes = dict.fromkeys(part for note in about.notes for part in note.split("; "))  # series share most of what they say
+    for name in about.stand_ins:
+        notes.pop(f"{name}: synthetic stand-in", None)  # said with the data
     parts = [
         f"{', '.join(about.backends)} on {', '.join(about.hardware)}",
         *smoke,
-        *about.notes,
+        *notes,
         f"data: {', '.join(data)}" if data else "",
         f"seed {', '.join(map(str, about.seeds))}",
         f"commit {', '.join(about.commits)}",

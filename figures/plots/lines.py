@@ -55,8 +55,9 @@ def _look(one: data.Series) -> dict[str, Any]:
 def _line(axes: Axes, rows: DataFrame, one: data.Series, plot: Mapping[str, Any]) -> None:
     x = data.key(plot, "x")
     data.require(rows, x)
-    levels = data.levels(rows, x)
-    axes.plot(levels, [data.value_at(rows, x, level, plot["y"]) for level in levels], **_look(one), clip_on=False)
+    points = [(level, data.value_at(rows, x, level, plot["y"])) for level in data.levels(rows, x)]
+    there = [point for point in points if not math.isnan(point[1])]  # a level that only other series have cuts no line
+    axes.plot([level for level, _ in there], [value for _, value in there], **_look(one), clip_on=False)
 
 
 def _cdf(axes: Axes, rows: DataFrame, one: data.Series, y: str) -> None:
