@@ -28,12 +28,13 @@ else:
 
     from systems.common.engine.config import EngineConfig
     from systems.common.models import ModelShape, model
-    from systems.common.torch_engine.kernels.merge_lora import MergeTiling, merge_lora
+    from systems.common.torch_engine.kernels.merge_lora import MergeTiling, addresses, merge_lora
     from systems.common.torch_engine.kernels.row_lora import SPLITS, expand, shrink
     from systems.common.torch_engine.lora import random_adapter
     from systems.common.torch_engine.weights import random_weights
     from systems.dlora.lora_engine.bank import SITES, SlotBank
-    from systems.dlora.lora_engine.passes import Passes, matrices
+    from systems.dlora.lora_engine.passes import Passes
+    from systems.dlora.lora_engine.passes import matrices as of_layer
     from systems.dlora.lora_engine.runner import LoraRunner
     from systems.dlora.lora_engine.switching import InPlace
 
@@ -56,19 +57,20 @@ else:
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize(("take", "put"), [(0, 2), (2, 0), (1, 3), (0, 0)])
     def test_one_pass_takes_out_and_puts_in(dtype, take: int, put: int) -> None:
-        a, b = bank(4, dtype)
-        weight, which = rand(ENDS[-1], INNER, dtype=dtype), torch.tensor([take, put], device=DEVICE)
-        exact = weight.double() + delta(a, b, put) - delta(a, b, take)
+        layers = [bank(4, dtype) for _ in range(2)]
+        weights, which = [rand(ENDS[-1], INNER, dtype=dtype) for _ in layers], torch.tensor([take, put], device=DEVICE)
+        exact = [w.double() + delta(a, b, put) - delta(a, b, take) for w, (a, b) in zip(weights, layers, strict=True)]
         unit = torch.finfo(dtype).eps / 2 + 1e-6
+        matrices = (torch.stack([a for a, _ in layers]), torch.stack([b for _, b in layers]), ENDS, which)
         for tiling in (None, MergeTiling(32, 32, 4)):
-            target = torch.zeros_like(weight)
-            merge_lora(weight, target, a, b, ENDS, which, tiling)
-            assert ((target.double() - exact).abs() <= unit * (exact.abs() + 1)).all()
-            in_place = weight.clone()
-            merge_lora(in_place, in_place, a, b, ENDS, which, tiling)
-            assert torch.equal(in_place, target)
+            targets, in_place = [torch.zeros_like(w) for w in weights], [w.clone() for w in weights]
+            merge_lora(addresses(weights), addresses(targets), *matrices, tiling)
+            for target, wanted in zip(targets, exact, strict=True):
+                assert ((target.double() - wanted).abs() <= unit * (wanted.abs() + 1)).all()
+            merge_lora(addresses(in_place), addresses(in_place), *matrices, tiling)
+            assert all(map(torch.equal, in_place, targets))
         if not take and not put:
-            assert torch.equal(target, weight)
+            assert all(map(torch.equal, targets, weights))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
     @pytest.mark.parametrize("rows", [1, 5])
@@ -81,8 +83,9 @@ else:
         wanted = y.double()
         for row, slot in enumerate(slots.tolist()):
             wanted[row] += delta(a, b, int(of_slot[slot])) @ x[row].double()
-        shrink(x, a, low, of_slot, slots)
-        expand(y, low, b, ENDS, of_slot, slots)
+        at = of_slot[slots]
+        shrink(x, a, low, at)
+        expand(y, low, b, ENDS, at)
         assert not torch.isnan(y).any()
         assert float((y.double() - wanted).norm() / wanted.norm()) < (1e-5 if dtype == torch.float32 else 2e-3)
 
@@ -98,7 +101,7 @@ else:
             for scheme in schemes:
                 scheme.merge(slot)
             for i in range(shape.layers):
-                one, *others = (matrices(scheme.for_merged.layers[i]) for scheme in schemes)
+                one, *others = (of_layer(scheme.for_merged.layers[i]) for scheme in schemes)
                 for other in others:
                     for site in SITES:
                         torch.testing.assert_close(one[site].weight, other[site].weight, atol=2e-6, rtol=1e-5)

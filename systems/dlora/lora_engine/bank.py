@@ -54,6 +54,9 @@ class SlotBank(AdapterBank):
         super().__init__(shape, capacity, rank, slots, sites, device, "bmm")
         self.backend, self.awaited = name, list[list[Any]]()
         self._call = BACKENDS[name]
+        self._at = torch.zeros(slots + 1, dtype=torch.int64, device=device)
+        """Place of each row's adapter in this step."""
+        self._begin: Any = None
         self._side = torch.cuda.Stream() if on_gpu and beside and name == "grouped" else None
         parts = max(len(self.ends[site]) for site in sites)
         self._low = torch.zeros(
@@ -82,14 +85,14 @@ class SlotBank(AdapterBank):
     # ---- applying
 
     def before(self, x: Tensor, layer: int, site: str, slots: Tensor, chunks: Chunks | None) -> None:
-        """Wait for adapters that are still arriving in this layer; start what can run beside the layer's product."""
+        """Wait for adapters that are still arriving in this layer; mark where the grouped kernels may begin."""
         if self.awaited and site == self.sites[0]:
             for events in self.awaited:
                 torch.cuda.current_stream().wait_event(events[layer])
+        if layer == 0 and site == self.sites[0] and self.backend == "grouped" and len(slots):
+            torch.index_select(self.of_slot, 0, slots, out=self._at[: len(slots)])
         if self._side is not None and chunks is None and site in self.sites:
-            self._side.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(self._side):
-                row_lora.shrink(x, self.a[site][layer], self.low(len(x), site), self.of_slot, slots)
+            self._begin = torch.cuda.current_stream().record_event()
 
     def add(self, y: Tensor, x: Tensor, layer: int, site: str, slots: Tensor, chunks: Chunks | None) -> None:
         """Add the adapters' part of a site to its output `y` in place: decoding rows of `slots` first, then `chunks`."""
@@ -101,19 +104,20 @@ class SlotBank(AdapterBank):
         size = (rows, row_lora.SPLITS, len(self.ends[site]), self.rank)
         return self._low[: torch.Size(size).numel()].view(size)
 
-    def expand(self, y: Tensor, x: Tensor, layer: int, site: str, slots: Tensor, ready: bool) -> None:
-        """The grouped kernels on decoding rows; `ready`: their first half is on its way beside."""
-        low = self.low(len(x), site)
-        if not ready:
-            row_lora.shrink(x, self.a[site][layer], low, self.of_slot, slots)
-        elif self._side is not None:
-            torch.cuda.current_stream().wait_stream(self._side)
-        row_lora.expand(y, low, self.b[site][layer], self.ends[site], self.of_slot, slots)
+    def rows(self, y: Tensor, x: Tensor, layer: int, site: str, beside: bool) -> None:
+        """The grouped kernels on decoding rows; `beside`: their first half may run beside the product, launched just before.
 
-    @property
-    def runs_beside(self) -> bool:
-        """Whether decode steps start the grouped kernels' first half beside the product."""
-        return self._side is not None
+        Launched before the product, it would take the SMs first and hold the product up: a step of 16 rows took 8 % longer.
+        """
+        low, at = self.low(len(x), site), self._at[: len(x)]
+        if beside and self._side is not None:
+            self._side.wait_event(self._begin)
+            with torch.cuda.stream(self._side):
+                row_lora.shrink(x, self.a[site][layer], low, at)
+            torch.cuda.current_stream().wait_stream(self._side)
+        else:
+            row_lora.shrink(x, self.a[site][layer], low, at)
+        row_lora.expand(y, low, self.b[site][layer], self.ends[site], at)
 
 
 def _einsum(bank: SlotBank, y: Tensor, x: Tensor, layer: int, site: str, slots: Tensor, chunks: Chunks | None) -> None:
@@ -134,7 +138,7 @@ def _bmm(bank: SlotBank, y: Tensor, x: Tensor, layer: int, site: str, slots: Ten
 def _grouped(bank: SlotBank, y: Tensor, x: Tensor, layer: int, site: str, slots: Tensor, chunks: Chunks | None) -> None:
     rows = len(slots)
     if rows:
-        bank.expand(y[:rows], x[:rows], layer, site, slots, ready=chunks is None and bank.runs_beside)
+        bank.rows(y[:rows], x[:rows], layer, site, beside=chunks is None)
     if chunks is not None:
         where = (bank.a[site][layer], bank.b[site][layer], bank.ends[site], bank.of_slot)
         lora.BACKENDS["triton"](y[rows:], x[rows:], *where, slots[:0], chunks)

@@ -10,7 +10,7 @@ import torch
 from systems.common.errors import InputError
 from systems.common.torch_engine.graphs import Graphs
 from systems.common.torch_engine.kernels import triton_guard
-from systems.common.torch_engine.kernels.merge_lora import MergeTiling, merge_lora
+from systems.common.torch_engine.kernels.merge_lora import MergeTiling, addresses, merge_lora
 from systems.common.torch_engine.linear import Linear
 from systems.common.torch_engine.weights import Layer, Weights
 from systems.dlora.lora_engine.bank import SlotBank
@@ -35,6 +35,7 @@ class Passes:
             raise InputError("lora engine", "merge", how, "use auto, kernel, addmm or plain")
         self.bank, self.tiling = bank, tiling
         self.which = torch.zeros(2, dtype=torch.int64, device=bank.of_slot.device)
+        self._addresses: dict[tuple[int, int], dict[str, tuple[torch.Tensor, torch.Tensor]]] = {}
         self._graphs: Graphs[None] | None = Graphs() if on_gpu and graphs and self.how == "kernel" else None
 
     def run(self, source: Weights, target: Weights, take: int, put: int) -> None:
@@ -60,10 +61,14 @@ class Passes:
         return ((i, site) for i in range(self.bank.shape.layers) for site in self.bank.sites)
 
     def _kernels(self, source: Weights, target: Weights) -> None:
-        bank = self.bank
-        for i, site in self._places():
-            old, new = (matrices(w.layers[i])[site].weight for w in (source, target))
-            merge_lora(old, new, bank.a[site][i], bank.b[site][i], bank.ends[site], self.which, self.tiling)
+        bank, key = self.bank, (id(source), id(target))
+        if key not in self._addresses:  # before any capture: its run before makes them
+            self._addresses[key] = {
+                site: tuple(addresses([matrices(layer)[site].weight for layer in w.layers]) for w in (source, target))  # type: ignore[misc]
+                for site in bank.sites
+            }
+        for site, (old, new) in self._addresses[key].items():
+            merge_lora(old, new, bank.a[site], bank.b[site], bank.ends[site], self.which, self.tiling)
 
     def _torch(self, layer: int, site: str, source: Weights, target: Weights, take: int, put: int) -> None:
         bank = self.bank
