@@ -12,14 +12,11 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from pandas import DataFrame
 
 from figures import PlotError, style
-from figures.plots import data
-
-_GROUP = 0.84  # share of the distance between two groups that boxes fill
+from figures.plots import data, groups
 
 
 def build(table: DataFrame, plot: Mapping[str, Any]) -> Figure:
@@ -33,33 +30,16 @@ def build(table: DataFrame, plot: Mapping[str, Any]) -> Figure:
     series, levels = data.series(table, plot), data.levels(table, x)
     for one in series:
         _boxes(axes, table[table["series"] == one.name], one, levels, len(series), plot)
-    handles: list[Any] = [Patch(facecolor=_colour(one), edgecolor=style.INK, linewidth=0.5) for one in series]
-    labels = [one.label for one in series]
-    if _paper(axes, series, levels, plot):
-        handles.append(Line2D([], [], **_HOLLOW))
-        labels.append("paper, median")
-    _dress(axes, plot, x, y, [data.level_label(level, plot) for level in levels])
-    columns = data.legend_columns(labels, figure.get_figwidth())
-    figure.legend(handles, labels, loc="outside upper center", ncols=columns, borderaxespad=0.3)
+    patches = [Patch(facecolor=_colour(one), edgecolor=style.INK, linewidth=0.5) for one in series]
+    published = "paper, median" if groups.mark_published(axes, series, levels, plot) else None
+    axes.set_yscale("log" if plot.get("y_scale", "log") == "log" else "linear")
+    groups.label_groups(axes, plot, levels)
+    groups.legend(figure, patches, [one.label for one in series], published)
     return figure
-
-
-_HOLLOW: Mapping[str, Any] = {
-    "linestyle": "none",
-    "marker": "D",
-    "markersize": 4,
-    "markerfacecolor": "none",
-    "markeredgecolor": style.INK,
-    "markeredgewidth": 0.8,
-}
 
 
 def _colour(one: data.Series) -> str:
     return style.COLOURS[one.place % len(style.COLOURS)]
-
-
-def _centre(place: int, count: int) -> float:
-    return ((place + 0.5) / count - 0.5) * _GROUP
 
 
 def _boxes(axes: Axes, rows: DataFrame, one: data.Series, levels: list[Any], count: int, plot: Mapping[str, Any]) -> None:
@@ -69,12 +49,12 @@ def _boxes(axes: Axes, rows: DataFrame, one: data.Series, levels: list[Any], cou
         found = {share: data.value_at(rows, plot["x"], level, y.replace("p50", share)) for share in _KEYS}
         if all(map(math.isfinite, found.values())):
             stats.append({key: found[share] for share, key in _KEYS.items()} | {"fliers": []})
-            places.append(group + _centre(one.place, count))
+            places.append(group + groups.centre(one.place, count))
     if stats:
         axes.bxp(
             stats,
             positions=places,
-            widths=0.8 * _GROUP / count,
+            widths=0.8 * groups.GROUP / count,
             showfliers=False,
             patch_artist=True,
             manage_ticks=False,
@@ -86,26 +66,3 @@ def _boxes(axes: Axes, rows: DataFrame, one: data.Series, levels: list[Any], cou
 
 
 _KEYS: Mapping[str, str] = {"p5": "whislo", "p25": "q1", "p50": "med", "p75": "q3", "p95": "whishi"}
-
-
-def _paper(axes: Axes, series: list[data.Series], levels: list[Any], plot: Mapping[str, Any]) -> bool:
-    """Mark the medians that the paper prints; whether there was any."""
-    marks = [
-        (group + _centre(one.place, len(series)), data.published(plot, plot["y"], one.name, plot["x"], level))
-        for one in series
-        for group, level in enumerate(levels)
-    ]
-    marks = [(place, value) for place, value in marks if not math.isnan(value)]
-    if marks:
-        axes.plot(*zip(*marks, strict=True), **_HOLLOW, clip_on=False, zorder=3)
-    return bool(marks)
-
-
-def _dress(axes: Axes, plot: Mapping[str, Any], x: str, y: str, labels: list[str]) -> None:
-    axes.set_yscale("log" if plot.get("y_scale", "log") == "log" else "linear")
-    axes.set_xticks(range(len(labels)), labels)
-    axes.tick_params(axis="x", length=0)
-    axes.set_xlim(-0.5, len(labels) - 0.5)
-    axes.set_xlabel(str(plot.get("x_label") or x))
-    axes.set_ylabel(str(plot.get("y_label") or y))
-    axes.grid(axis="y")
