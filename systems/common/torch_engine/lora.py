@@ -2,7 +2,8 @@
 """Low-rank adapters beside the shared weights: a bank of them on the device, applied per sequence, or merged into the weights.
 
 One interface, three ways to apply a batch whose sequences use different adapters: `einsum` and `bmm` gather each token's
-matrices (any device), `triton` reads each adapter once (`kernels.grouped_lora`). Adapter 0 is none.
+matrices (any device), `triton` reads them where they lie (prompts: `kernels.grouped_lora`, decoding rows: `lora_rows`). Adapter
+0 is none.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from systems.common.torch_engine.attention import Chunks
 from systems.common.torch_engine.kernels.grouped_lora import grouped_lora
 from systems.common.torch_engine.kernels.paged_prefill import TILE_Q
 from systems.common.torch_engine.linear import Linear
+from systems.common.torch_engine.lora_rows import DecodingRows
 from systems.common.torch_engine.numerics import DTYPES
 from systems.common.torch_engine.quantised import Quantised
 from systems.common.torch_engine.weights import Layer, Weights
@@ -99,8 +101,9 @@ class AdapterBank:
 
     def __init__(
         self, shape: ModelShape, capacity: int, rank: int, slots: int, sites: tuple[str, ...] = ATTENTION_SITES,
-        device: torch.device | str = "cpu", backend: str = "auto",
+        device: torch.device | str = "cpu", backend: str = "auto", beside: bool = True,
     ) -> None:  # fmt: skip
+        """`slots`: sequences that run at once. `beside`: `triton`'s first half on a stream beside the layer's product."""
         self.shape, self.sites, self.rank = shape, sites, max(16, 1 << (rank - 1).bit_length())
         inner, outer = _widths(shape)
         dtype = DTYPES[shape.dtype]
@@ -115,10 +118,15 @@ class AdapterBank:
         self.index: dict[str, int] = {}
         self.capacity = capacity
         name = ("triton" if torch.device(device).type == "cuda" else "bmm") if backend == "auto" else backend
-        if name not in BACKENDS:
-            raise InputError("engine", "lora", backend, f"use auto or one of {', '.join(BACKENDS)}")
+        if name not in (names := (*BACKENDS, "triton")):
+            raise InputError("engine", "lora", backend, f"use auto or one of {', '.join(names)}")
         self.backend = name
-        self._apply = BACKENDS[name]
+        self._apply = BACKENDS.get(name)
+        self._first = next(site for site in MODULES if site in sites)
+        self._rows: DecodingRows | None = None
+        if name == "triton":
+            parts = max(len(ends) for ends in self.ends.values())
+            self._rows = DecodingRows(slots, parts, self.rank, device, beside)
         self._stream = torch.cuda.Stream() if torch.device(device).type == "cuda" else None
 
     def load(self, name: str, adapter: Adapter) -> None:
@@ -165,12 +173,27 @@ class AdapterBank:
             b_room.copy_((b.to(b_room.device, non_blocking=True).float() * adapter.scale).to(b_room.dtype))
 
     def before(self, x: Tensor, layer: int, site: str, slots: Tensor, chunks: Chunks | None) -> None:
-        """Called before a site's product is launched: for banks that have work to put beside it, or something to wait for."""
+        """Called before a site's product is launched: for what runs beside it, or must be waited for."""
+        if self._rows is None or site not in self.sites:
+            return
+        if layer == 0 and site == self._first:
+            self._rows.enter(self.of_slot, slots)
+        if chunks is None:
+            self._rows.mark()
 
     def add(self, y: Tensor, x: Tensor, layer: int, site: str, slots: Tensor, chunks: Chunks | None) -> None:
         """Add the adapters' part of a site to its output `y` in place: decoding rows of `slots` first, then `chunks`."""
-        if site in self.sites:
-            self._apply(y, x, self.a[site][layer], self.b[site][layer], self.ends[site], self.of_slot, slots, chunks)
+        if site not in self.sites:
+            return
+        a, b, ends, rows = self.a[site][layer], self.b[site][layer], self.ends[site], len(slots)
+        if self._apply is not None:
+            self._apply(y, x, a, b, ends, self.of_slot, slots, chunks)
+            return
+        assert self._rows is not None
+        if rows:
+            self._rows.add(y[:rows], x[:rows], a, b, ends, beside=chunks is None)
+        if chunks is not None:
+            grouped_lora(y[rows:], x[rows:], a, b, ends, self.of_slot, chunks.tiles, chunks.table, TILE_Q)
 
 
 def _by_token(of_slot: Tensor, slots: Tensor, chunks: Chunks | None) -> Tensor:
@@ -195,17 +218,7 @@ def _bmm(
         y[:, begin:end] += torch.bmm(b[mine, begin:end], low[:, part])[:, :, 0]
 
 
-def _triton(
-    y: Tensor, x: Tensor, a: Tensor, b: Tensor, ends: tuple[int, ...], of_slot: Tensor, slots: Tensor, chunks: Chunks | None
-) -> None:
-    rows = len(slots)
-    if rows:
-        grouped_lora(y[:rows], x[:rows], a, b, ends, of_slot, slots, None, None, 1)
-    if chunks is not None:
-        grouped_lora(y[rows:], x[rows:], a, b, ends, of_slot, slots, chunks.tiles, chunks.table, TILE_Q)
-
-
-BACKENDS: Mapping[str, Callable[..., None]] = {"einsum": _einsum, "bmm": _bmm, "triton": _triton}
+BACKENDS: Mapping[str, Callable[..., None]] = {"einsum": _einsum, "bmm": _bmm}
 
 
 def merge(shape: ModelShape, weights: Weights, adapter: Adapter, sign: float = 1.0) -> None:

@@ -21,7 +21,7 @@ from systems.common.errors import InputError
 from systems.common.models import ModelShape
 from systems.common.torch_engine import lora
 from systems.common.torch_engine.attention import Chunks
-from systems.common.torch_engine.kernels import row_lora, triton_guard
+from systems.common.torch_engine.kernels import triton_guard
 from systems.common.torch_engine.lora import MODULES, Adapter, AdapterBank
 from systems.dlora.lora_engine.adapters import HostAdapter
 
@@ -51,17 +51,10 @@ class SlotBank(AdapterBank):
             raise InputError("lora engine", "backend", backend, f"use auto or one of {', '.join(BACKENDS)}")
         if name == "grouped" and not triton_guard.AVAILABLE:
             raise InputError("lora engine", "backend", backend, "its kernels need Triton: use bmm or einsum here")
-        super().__init__(shape, capacity, rank, slots, sites, device, "bmm")
+        base = "triton" if name == "grouped" else "bmm"
+        super().__init__(shape, capacity, rank, slots, sites, device, base, beside)
         self.backend, self.awaited = name, list[list[Any]]()
         self._call = BACKENDS[name]
-        self._at = torch.zeros(slots + 1, dtype=torch.int64, device=device)
-        """Place of each row's adapter in this step."""
-        self._begin: Any = None
-        self._side = torch.cuda.Stream() if on_gpu and beside and name == "grouped" else None
-        parts = max(len(self.ends[site]) for site in sites)
-        self._low = torch.zeros(
-            (slots + 1) * row_lora.SPLITS * parts * self.rank if name == "grouped" else 0, dtype=torch.float32, device=device
-        )
         self.turned: dict[str, Tensor] = {}
         """For `einsum`, as in the artifact: B as [layers, slots, rank, outputs]."""
         if name == "einsum":
@@ -85,39 +78,18 @@ class SlotBank(AdapterBank):
     # ---- applying
 
     def before(self, x: Tensor, layer: int, site: str, slots: Tensor, chunks: Chunks | None) -> None:
-        """Wait for adapters that are still arriving in this layer; mark where the grouped kernels may begin."""
+        """Wait, too, for adapters that are still arriving in this layer."""
         if self.awaited and site == self.sites[0]:
             for events in self.awaited:
                 torch.cuda.current_stream().wait_event(events[layer])
-        if layer == 0 and site == self.sites[0] and self.backend == "grouped" and len(slots):
-            torch.index_select(self.of_slot, 0, slots, out=self._at[: len(slots)])
-        if self._side is not None and chunks is None and site in self.sites:
-            self._begin = torch.cuda.current_stream().record_event()
+        super().before(x, layer, site, slots, chunks)
 
     def add(self, y: Tensor, x: Tensor, layer: int, site: str, slots: Tensor, chunks: Chunks | None) -> None:
-        """Add the adapters' part of a site to its output `y` in place: decoding rows of `slots` first, then `chunks`."""
-        if site in self.sites:
+        """See `AdapterBank`."""
+        if self._call is None:
+            super().add(y, x, layer, site, slots, chunks)
+        elif site in self.sites:
             self._call(self, y, x, layer, site, slots, chunks)
-
-    def low(self, rows: int, site: str) -> Tensor:
-        """Where the grouped kernels keep the low-rank products of `rows` rows."""
-        size = (rows, row_lora.SPLITS, len(self.ends[site]), self.rank)
-        return self._low[: torch.Size(size).numel()].view(size)
-
-    def rows(self, y: Tensor, x: Tensor, layer: int, site: str, beside: bool) -> None:
-        """The grouped kernels on decoding rows; `beside`: their first half may run beside the product, launched just before.
-
-        Launched before the product, it would take the SMs first and hold the product up: a step of 16 rows took 8 % longer.
-        """
-        low, at = self.low(len(x), site), self._at[: len(x)]
-        if beside and self._side is not None:
-            self._side.wait_event(self._begin)
-            with torch.cuda.stream(self._side):
-                row_lora.shrink(x, self.a[site][layer], low, at)
-            torch.cuda.current_stream().wait_stream(self._side)
-        else:
-            row_lora.shrink(x, self.a[site][layer], low, at)
-        row_lora.expand(y, low, self.b[site][layer], self.ends[site], at)
 
 
 def _einsum(bank: SlotBank, y: Tensor, x: Tensor, layer: int, site: str, slots: Tensor, chunks: Chunks | None) -> None:
@@ -135,13 +107,5 @@ def _bmm(bank: SlotBank, y: Tensor, x: Tensor, layer: int, site: str, slots: Ten
     lora.BACKENDS["bmm"](y, x, bank.a[site][layer], bank.b[site][layer], bank.ends[site], bank.of_slot, slots, chunks)
 
 
-def _grouped(bank: SlotBank, y: Tensor, x: Tensor, layer: int, site: str, slots: Tensor, chunks: Chunks | None) -> None:
-    rows = len(slots)
-    if rows:
-        bank.rows(y[:rows], x[:rows], layer, site, beside=chunks is None)
-    if chunks is not None:
-        where = (bank.a[site][layer], bank.b[site][layer], bank.ends[site], bank.of_slot)
-        lora.BACKENDS["triton"](y[rows:], x[rows:], *where, slots[:0], chunks)
-
-
-BACKENDS: Mapping[str, Callable[..., None]] = {"einsum": _einsum, "bmm": _bmm, "grouped": _grouped}
+BACKENDS: Mapping[str, Callable[..., None] | None] = {"einsum": _einsum, "bmm": _bmm, "grouped": None}
+"""`grouped` is `AdapterBank`'s own."""
