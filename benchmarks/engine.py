@@ -1,19 +1,22 @@
+# mypy: disable-error-code="no-untyped-call, no-any-return"
 """Speed of the engine on one GPU, against the floor that its bytes and FLOPs set on the same GPU in the same run.
 
-    python benchmarks/engine.py [--model llama-3.1-8b] [--seed 0] [--out FILE] [--without hf,offline,...]
-                                [--workload FILE --rate R] [--peer FILE]
+    python benchmarks/engine.py [--model llama-3.1-8b] [--seed 0] [--out FILE] [--parts decode,engine,...] [--limit-s S]
+                                [--workload FILE] [--rate R] [--vllm FILE]
     python benchmarks/engine.py --sharegpt CSV --workload FILE
 
 Random weights of the model's shape. Ceilings first (a large copy, a large matrix product), then correctness, then times:
-medians of 30 or more with the quartiles (whole offline runs: 2). Prints a table, then one JSON object on the last line. Parts:
+medians of 30 or more with the quartiles (whole offline runs: 2). Prints a table; the JSON object goes to FILE after every part,
+or to the last line. A part that would not end within `--limit-s` is left out. Parts:
 
 * `logits`: against transformers in float32, and graphs against eager steps.
 * `decode`, `mixed`: one graph of decoding rows, of decoding rows with a prompt beside them.
 * `prefill`: one prompt through the whole engine, submit to first token. `engine`: decode steps as served; what the host adds.
-* `offline`: 512 requests at once. `open`: `--workload`'s requests arriving at `--rate` (70 % of saturation where it is absent).
+* `offline`: 512 requests at once.
+* `open`: `--workload`'s requests arriving at the rate of `--vllm`'s run, else at `--rate`, else at 70 % of our own saturation.
 * `lora`: batches with adapters. `hf`: Hugging Face eager on the same weights.
 
-benchmarks/engine_vllm.py measures vLLM the same way; `--peer` takes what it wrote and prints the ratios.
+benchmarks/engine_vllm.py measures vLLM the same way; `--vllm` takes what it wrote and prints the ratios.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ import traceback
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -42,12 +46,14 @@ from systems.common.torch_engine.attention import Chunks
 from systems.common.torch_engine.drivers import Live
 from systems.common.torch_engine.executor import fitting_blocks
 from systems.common.torch_engine.kernels.triton_guard import triton
-from systems.common.torch_engine.lora import ATTENTION_SITES, random_adapter
+from systems.common.torch_engine.lora import ATTENTION_SITES, AdapterBank, random_adapter
 from systems.common.torch_engine.mixed import Bucket, Inputs, mixed_step, pack
 
 PARTS = ("logits", "decode", "mixed", "prefill", "engine", "offline", "open", "lora", "hf")
 RUNS = 30
 CONTEXT = 512
+# generous bounds of what a part takes on one H200, seconds (the open loop: beside its span)
+COSTS_S = {"logits": 40, "decode": 12, "mixed": 6, "prefill": 12, "engine": 15, "offline": 18, "open": 8, "lora": 30, "hf": 40}
 
 
 def spread(seconds: list[float]) -> dict[str, float]:
@@ -104,7 +110,7 @@ class Bench:
         self.live = self.small()
         self.capture_s = 0.0
 
-    def small(self, **options) -> Live:
+    def small(self, **options: Any) -> Live:
         """An engine that leaves room for another model beside it."""
         return Live.build(
             self.shape, self.weights, EngineConfig(400, max_num_batched_tokens=512, max_num_seqs=24), max_tokens=1024, **options
@@ -117,7 +123,7 @@ class Bench:
         gc.collect()  # engine and executor hold each other
         torch.cuda.empty_cache()
 
-    def build(self, utilisation: float = 0.9, warm: bool = True, **options) -> None:
+    def build(self, utilisation: float = 0.9, warm: bool = True, **options: Any) -> None:
         """The engine under test, with its graphs captured."""
         self.drop()
         blocks = fitting_blocks(self.shape, utilisation)
@@ -153,15 +159,15 @@ class Bench:
         off = [float((x - found[0]).norm() / found[0].norm()) for x in found[1:]]
         return {"padded_eager": off[0], "bare_eager": off[1]}
 
-    def open(self, workload: list[list[float]], rate_rps: float | None) -> dict[str, float]:
-        """Arrivals at `rate_rps` for 30 s; if that is None, at 70 % of the rate at which the first 600 are served at once."""
-        lengths = [Request(i, 0.0, a, b) for i, (_, a, b) in enumerate(workload[:600])]
+    def open(self, workload: list[list[float]], rate_rps: float | None, span_s: float) -> dict[str, float]:
+        """Arrivals at `rate_rps` (None: 70 % of the rate at which the first 600 are served at once) for `span_s`."""
+        lengths = [Request(i, 0.0, int(a), int(b)) for i, (_, a, b) in enumerate(workload[:600])]
         self.serve(lengths[:64])
         found = {}
         if rate_rps is None:
             found["saturation_rps"] = len(lengths) / self.serve(lengths)
         rate = rate_rps or 0.7 * found["saturation_rps"]
-        asked = [Request(i, at / rate, a, b) for i, (at, a, b) in enumerate(workload) if at / rate < 30]
+        asked = [Request(i, at / rate, int(a), int(b)) for i, (at, a, b) in enumerate(workload) if at / rate < span_s]
         first = len(self.live.executor.flights.ended_s)
         sequences = self.live.serve(asked)
         executor = self.live.executor
@@ -170,6 +176,7 @@ class Bench:
         tpot = np.array([(s.finish_s - s.first_token_s) / (s.output_tokens - 1) for s in sequences if s.output_tokens > 1])
         return found | {
             "rate_rps": rate,
+            "span_s": span_s,
             "requests": len(asked),
             "ttft_p50_s": float(np.median(ttft)),
             "ttft_p99_s": float(np.percentile(ttft, 99)),
@@ -191,7 +198,7 @@ class Bench:
         """Periods of a batch's decode steps as served, contexts of 480 to 544; median host work of a step."""
         executor = self.live.executor
         first = len(executor.flights.ended_s)
-        name = [f"a{i}" for i in range(adapters)] or [None]
+        name: list[str | None] = [f"a{i}" for i in range(adapters)] or [None]
         self.serve([Request(i, 0.0, CONTEXT - steps // 2, steps, name[i % len(name)]) for i in range(rows)])
         ended, waited = np.array(executor.flights.ended_s[first:]), np.array(executor.flights.waited_s[first:])
         periods = np.diff(ended)[-steps + 4 :]  # the last steps are decode only
@@ -201,14 +208,17 @@ class Bench:
         """Batches of 32: without adapters, with one, with 32 of rank 16 on q, k, v and o; one graph step each, and served."""
         self.build(0.6, warm=False, adapters=(32, 16, ATTENTION_SITES))
         executor = self.live.executor
+        bank = executor.adapters
+        assert isinstance(bank, AdapterBank)
         for i in range(32):
-            executor.adapters.load(f"a{i}", random_adapter(self.shape, 16, i, device="cuda"))
-        found, rows = {}, 32
+            bank.load(f"a{i}", random_adapter(self.shape, 16, i, device="cuda"))
+        found: dict[str, dict[str, float]] = {}
+        rows = 32
         for name, adapters in (("none", 0), ("1", 1), ("32", 32)):
             self.fill(rows, CONTEXT)
             executor.model.adapted = adapters > 0
             with torch.inference_mode():
-                executor.adapters.of_slot[:rows] = torch.arange(rows, device="cuda") % adapters + 1 if adapters else 0
+                bank.of_slot[:rows] = torch.arange(rows, device="cuda") % adapters + 1 if adapters else 0
                 timed = on_gpu(lambda: executor.steps.decode(rows), before=lambda: self.rewind(rows, CONTEXT))
                 found[name] = timed | {"ratio": timed["ms"] / found.get("none", timed)["ms"]}
             executor.model.adapted = False
@@ -285,12 +295,14 @@ class Bench:
         return found
 
     def engine(self, graph: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-        """Decode steps as the engine takes them, against the graph alone at the same contexts: what the host adds."""
+        """Decode steps as the engine takes them; beside the graph alone at the same contexts (`graph`), what the host adds."""
         found = {}
         for rows in (1, 32, 128, 256):
             timed, host_ms = self.served(rows)
-            found[str(rows)] = timed | {"graph_ms": graph[str(rows)]["ms"], "host_work_ms": host_ms}
-            found[str(rows)]["overhead_ms"] = timed["ms"] - graph[str(rows)]["ms"]
+            found[str(rows)] = timed | {"host_work_ms": host_ms}
+            if str(rows) in graph:
+                alone_ms = graph[str(rows)]["ms"]
+                found[str(rows)] |= {"graph_ms": alone_ms, "overhead_ms": timed["ms"] - alone_ms}
         return found
 
     def offline(self, runs: int = 2) -> dict[str, float]:
@@ -362,21 +374,23 @@ class Bench:
             tokens = torch.randint(0, self.shape.vocab, (rows, CONTEXT), device="cuda")
             cache = other(tokens, logits_to_keep=1).past_key_values
 
-            def step(tokens=tokens, cache=cache):
+            def step(tokens: torch.Tensor = tokens, cache: Any = cache) -> None:
                 other(tokens[:, :1], past_key_values=cache, logits_to_keep=1).logits.argmax(-1)
 
             found[f"decode {rows}"] = on_gpu(step, 20)
             del cache, step
             torch.cuda.empty_cache()
-        for tokens in (512, 2048):
-            prompt = torch.randint(0, self.shape.vocab, (1, tokens), device="cuda")
-            found[f"prefill {tokens}"] = on_gpu(
-                lambda prompt=prompt: other(prompt, logits_to_keep=1).logits.argmax(-1).item(), 20
-            )
+        for length in (512, 2048):
+            prompt = torch.randint(0, self.shape.vocab, (1, length), device="cuda")
+
+            def whole(prompt: torch.Tensor = prompt) -> None:
+                other(prompt, logits_to_keep=1).logits.argmax(-1).item()
+
+            found[f"prefill {length}"] = on_gpu(whole, 20)
         return found
 
 
-def hugging_face(shape: ModelShape, given: weights_module.Weights, dtype: torch.dtype):
+def hugging_face(shape: ModelShape, given: weights_module.Weights, dtype: torch.dtype) -> Any:
     """Transformers' Llama on our weights, which it shares where the number format is the same."""
     import transformers
     from transformers.utils import logging
@@ -451,26 +465,35 @@ def sharegpt(csv: Path) -> list[list[float]]:
     ]
 
 
-def compare(ours: dict, peer: dict) -> dict[str, float]:
-    """Ours over vLLM's: below 1 is faster for times, above 1 for rates (named `per_s`, `rps`)."""
-    ratios = {f"decode {rows}": ours["engine"][rows]["ms"] / step["ms"] for rows, step in peer.get("decode", {}).items()}
-    ratios |= {f"prefill {n}": ours["prefill"][n]["ms"] / step["ms"] for n, step in peer.get("prefill", {}).items()}
+def compare(ours: dict[str, Any], peer: dict[str, Any]) -> dict[str, float]:
+    """Ours over vLLM's, of what both measured: below 1 is faster for times, above 1 for rates (named `per_s`, `rps`).
+
+    Decode steps are those served. `lora` compares the slowdown by 32 adapters, `lora step` the steps themselves; `lora step,
+    over none of vLLM's` is our step with adapters over the faster of vLLM's two engines' without any.
+    """
+    ratios: dict[str, float] = {}
+    for part, mine in (("decode", ours.get("engine", {})), ("prefill", ours.get("prefill", {}))):
+        ratios |= {f"{part} {n}": mine[n]["ms"] / step["ms"] for n, step in peer.get(part, {}).items() if n in mine}
     for part, key in (
         ("offline", "output_tokens_per_s"),
         ("open", "ttft_p50_s"),
         ("open", "ttft_p99_s"),
         ("open", "tpot_mean_s"),
-        ("lora", "ratio"),
+        ("open", "tpot_p99_s"),
     ):
         if part in ours and part in peer:
-            mine = ours["lora"]["32, served"]["ratio"] if part == "lora" else ours[part][key]
-            ratios[f"{part} {key}"] = mine / peer[part][key]
+            ratios[f"{part} {key}"] = ours[part][key] / peer[part][key]
+    if "lora" in ours and "lora" in peer:
+        mine, other = ours["lora"]["32, served"], peer["lora"]
+        base_ms = min(other["none"]["ms"], peer.get("decode", {}).get("32", other["none"])["ms"])
+        ratios |= {"lora": mine["ratio"] / other["ratio"], "lora step": mine["ms"] / other["32"]["ms"]}
+        ratios["lora step, over none of vLLM's"] = mine["ms"] / base_ms
     if "saturation_rps" in peer and "saturation_rps" in ours.get("open", {}):
         ratios["saturation_rps"] = ours["open"]["saturation_rps"] / peer["saturation_rps"]
     return ratios
 
 
-def show(result: dict) -> None:
+def show(result: dict[str, Any]) -> None:
     """The table."""
     for part in ("decode", "mixed", "prefill", "engine", "hf", "lora"):
         for name, row in result.get(part, {}).items():
@@ -479,7 +502,9 @@ def show(result: dict) -> None:
                 f"  {key} {row[key]:.3f}" for key in ("graph_ms", "overhead_ms", "host_work_ms", "ratio") if key in row
             )
             print(f"{part:9}{name:>14}{row['ms']:10.3f} ms  ({row['low_ms']:.3f} .. {row['high_ms']:.3f}){floor}{extra}")
-    for part in ("ceilings", "logits", "tokens", "mixed_graph", "offline", "open", "ratio_to_vllm"):
+    for name, ratio in result.get("ratio_to_vllm", {}).items():
+        print(f"ours / vLLM  {name:42}{ratio:8.3f}")
+    for part in ("ceilings", "logits", "tokens", "mixed_graph", "offline", "open"):
         if part in result:
             print(part, {key: round(value, 5) if isinstance(value, float) else value for key, value in result[part].items()})
 
@@ -489,22 +514,25 @@ def main() -> None:
     options = argparse.ArgumentParser()
     options.add_argument("--model", default="llama-3.1-8b")
     options.add_argument("--seed", type=int, default=0)
-    options.add_argument("--without", default="", help=f"parts to leave out, of {','.join(PARTS)}")
+    options.add_argument("--parts", default=",".join(PARTS), help="what to measure")
+    options.add_argument("--without", default="", help="parts to leave out of these")
+    options.add_argument("--limit-s", type=float, default=3600.0, help="leave out what would not end within this time")
     options.add_argument("--workload", type=Path, help="JSON list of [arrival at 1/s, input tokens, output tokens]")
     options.add_argument("--sharegpt", type=Path, help="write --workload from this CSV of ShareGPT lengths and do nothing else")
-    options.add_argument("--rate", type=float)
-    options.add_argument(
-        "--peer", type=Path, help="what benchmarks/engine_vllm.py wrote: its numbers are kept and compared with"
-    )
+    options.add_argument("--rate", type=float, help="of the open loop, requests/s, unless --vllm's file tells one")
+    options.add_argument("--span-s", type=float, default=30.0, help="of the open loop")
+    options.add_argument("--vllm", type=Path, help="what benchmarks/engine_vllm.py wrote: kept and compared with")
     options.add_argument("--commit", default="unknown", help="of the code under test, where there is no git to ask")
     options.add_argument("--out", type=Path)
     chosen = options.parse_args()
     if chosen.sharegpt:
         chosen.workload.write_text(json.dumps(sharegpt(chosen.sharegpt)))
         return
-    parts = [part for part in PARTS if part not in chosen.without.split(",")]
+    began_s = time.perf_counter()
+    parts = [part for part in PARTS if part in chosen.parts.split(",") and part not in chosen.without.split(",")]
+    peer: dict[str, Any] = json.loads(chosen.vllm.read_text()) if chosen.vllm and chosen.vllm.is_file() else {}
     torch.manual_seed(chosen.seed)
-    result: dict = {
+    result: dict[str, Any] = {
         "machine": machine(),
         "command": sys.argv,
         "commit": chosen.commit,
@@ -522,8 +550,12 @@ def main() -> None:
         if chosen.out:
             chosen.out.write_text(json.dumps(result, indent=1) + "\n")
 
-    def measure(part: str, work: Callable[[], dict]) -> None:
-        if part in parts:
+    def measure(part: str, work: Callable[[], dict[str, Any]]) -> None:
+        cost_s = COSTS_S[part] + chosen.span_s * (part == "open")
+        if part in parts and time.perf_counter() - began_s + cost_s > chosen.limit_s:
+            failed.append(part)
+            print(f"# {part}: no time left for it", flush=True)
+        elif part in parts:
             began = time.perf_counter()
             try:
                 result[part] = work()
@@ -535,7 +567,7 @@ def main() -> None:
             print(f"# {part}: {time.perf_counter() - began:.1f} s", flush=True)
 
     measure("logits", bench.logits)
-    if "logits" in parts:
+    if "logits" in result:
         result["tokens"] = bench.graph_equals_eager()
     bench.build()
     result |= {
@@ -550,21 +582,22 @@ def main() -> None:
     measure("decode", bench.decode)
     measure("prefill", bench.prefill)
     measure("mixed", bench.mixed)
-    measure("engine", lambda: bench.engine(result["decode"]))
+    measure("engine", lambda: bench.engine(result.get("decode", {})))
     measure("offline", bench.offline)
     if chosen.workload:
-        measure("open", lambda: bench.open(json.loads(chosen.workload.read_text()), chosen.rate))
+        rate_rps = peer.get("open", {}).get("rate_rps") or chosen.rate
+        measure("open", lambda: bench.open(json.loads(chosen.workload.read_text()), rate_rps, chosen.span_s))
     measure("lora", bench.lora)
     if "hf" in parts:
         bench.drop()
         measure("hf", bench.hf)
     result["machine_after"] = machine()
-    if chosen.peer:
-        result["vllm"] = json.loads(chosen.peer.read_text())
-        result["ratio_to_vllm"] = compare(result, result["vllm"])
+    if peer:
+        result |= {"vllm": peer, "ratio_to_vllm": compare(result, peer)}
     show(result)
     save()
-    print(json.dumps(result))
+    if not chosen.out:
+        print(json.dumps(result))
     sys.exit(f"failed: {', '.join(failed)}" if failed else 0)
 
 
