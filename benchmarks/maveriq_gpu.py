@@ -2,6 +2,7 @@
 
     python benchmarks/maveriq_gpu.py --out DIR                                         # one GPU
     python benchmarks/maveriq_gpu.py --out DIR --with reference/h200/maveriq/profile   # two, four: with what smaller ones gave
+    python benchmarks/maveriq_gpu.py --out DIR --skip EARLIER                          # what a run before has left out
 
 What is measured follows from the GPUs present; `--dry-run` lists it. After each engine DIR holds `fingerprints.csv`,
 `whole.csv`, `uneven.csv`, `scaling.csv` (columns of `python -m systems.maveriq.profile`) and `provenance.json`; at the end
@@ -9,7 +10,7 @@ What is measured follows from the GPUs present; `--dry-run` lists it. After each
 against 16 bit. An engine that fails is named in `provenance.json` and the rest goes on; so is what the budget leaves out.
 
 * one GPU: fingerprints on (1,1); whole models at batch 1 and 8, Llama-2-7B also at 2 and 32, and at 1 to 32 layers.
-* two: fingerprints on (1,2), (2,1) (and (1,1), 16 bit); whole models there; Llama-2-7B over [20, 12], [24, 8], [28, 4].
+* two: fingerprints on (1,2), (2,1), without `--with` also (1,1); whole models; Llama-2-7B over [20, 12], [24, 8], [28, 4].
 * four: fingerprints on (4,1); whole models on (4,1), (1,4), (2,2), (1,3); Llama-2-7B over uneven maps of four stages.
 """
 
@@ -29,10 +30,10 @@ sys.path.insert(0, str(ROOT))
 
 from systems.common.errors import InputError  # noqa: E402
 from systems.common.models import model  # noqa: E402
-from systems.maveriq.fingerprint import Fingerprints, read_fingerprints  # noqa: E402
+from systems.maveriq.fingerprint import Fingerprints, Layout, read_fingerprints  # noqa: E402
 from systems.maveriq.profile import judge, tables  # noqa: E402
 from systems.maveriq.profile.crew import Done  # noqa: E402
-from systems.maveriq.profile.jobs import DTYPES, TABLES, Job, even_map, fingerprint_jobs, map_jobs, whole_jobs  # noqa: E402
+from systems.maveriq.profile.jobs import DTYPES, INT8_KV, TABLES, Job, even_map, fingerprint_jobs, map_jobs, whole_jobs  # noqa: E402
 from systems.maveriq.profile.run import profile  # noqa: E402
 
 LENGTHS = (10, 20, 100)
@@ -40,8 +41,8 @@ WHOLE_REPEATS, WHOLE_WARMUPS = 3, 1
 """A whole request takes half a second or more and varies little."""
 
 
-def jobs(gpus: int, models: Sequence[str], base: Job) -> list[Job]:
-    """What to measure on `gpus` GPUs, most important first."""
+def jobs(gpus: int, models: Sequence[str], base: Job, with_one: bool = False) -> list[Job]:
+    """What to measure on `gpus` GPUs, most important first; `with_one`: fingerprints of one GPU are there already."""
     prints = replace(base, output_lengths=(10, 20))
     whole = replace(base, output_lengths=LENGTHS, repeats=WHOLE_REPEATS, warmups=WHOLE_WARMUPS)
     each = [(replace(prints, model=name), replace(whole, model=name)) for name in models]
@@ -52,23 +53,38 @@ def jobs(gpus: int, models: Sequence[str], base: Job) -> list[Job]:
         found += fingerprint_jobs(first_prints, [(1, 1)], DTYPES, batches=(2,))
         found += _depths(first_whole)
         found += whole_jobs(replace(first_whole, output_lengths=LENGTHS[1:]), [(1, 1)], DTYPES, batches=(8, 2, 32))
-        return found + [job for _, w in each[1:] for job in whole_jobs(w, [(1, 1)], DTYPES, batches=(8,))]
+        found += [job for _, w in each[1:] for job in whole_jobs(w, [(1, 1)], DTYPES, batches=(8,))]
+        found += fingerprint_jobs(first_prints, [(1, 1)], [f"int4{INT8_KV}"])
+        return found + whole_jobs(
+            replace(first_whole, output_lengths=LENGTHS[1:]), [(1, 1)], [f"int4{INT8_KV}"], batches=(1, 32)
+        )
     if gpus < 4:
-        found = [job for p, _ in each for job in fingerprint_jobs(p, [(1, 1), (1, 2), (2, 1)], ("float16",))]
-        found += [job for _, w in each for job in whole_jobs(w, [(1, 2), (2, 1)], ("float16",))]
-        found += map_jobs(replace(whole, model=models[0]), _uneven(models[0], 2), batches=(1,))
-        for p, w in each:
-            found += fingerprint_jobs(p, [(2, 1), (1, 2)], DTYPES[1:]) + whole_jobs(w, [(2, 1), (1, 2)], DTYPES[1:])
-        first_prints, first_whole = each[0]
-        found += fingerprint_jobs(first_prints, [(1, 1), (1, 2), (2, 1)], ("float16",), batches=(2,))
-        found += whole_jobs(replace(first_whole, output_lengths=LENGTHS[1:]), [(1, 2), (2, 1)], ("float16",), batches=(8, 32))
-        return found + map_jobs(first_whole, _uneven(models[0], 2)[::2], batches=(8,))
+        return _two(each, _uneven(models[0], 2), with_one)
     found = [job for p, _ in each for job in fingerprint_jobs(p, [(4, 1)], ("float16",), extra_layers=(0,))]
     found += [job for _, w in each for job in whole_jobs(w, [(4, 1), (1, 4), (2, 2)], ("float16",))]
     found += map_jobs(replace(whole, model=models[0]), _uneven(models[0], 4))
     found += [job for _, w in each for job in whole_jobs(w, [(4, 1), (2, 2), (1, 4)], DTYPES[1:])]
     found += [job for p, _ in each for job in fingerprint_jobs(p, [(1, 4), (2, 2)], ("float16",))]
     return found + [job for _, w in each for job in whole_jobs(w, [(1, 3)], ("float16",))]
+
+
+def _two(each: Sequence[tuple[Job, Job]], maps: Sequence[tuple[int, ...]], with_one: bool) -> list[Job]:
+    """Two GPUs: engines take nine seconds there, so the first 250 s hold all of 16 bit and the first model's int8 and int4."""
+    layouts: list[Layout] = [(2, 1), (1, 2)]
+    each = [(p, replace(w, output_lengths=LENGTHS[1:])) for p, w in each]
+    (first_prints, first_whole), others = each[0], each[1:]
+
+    def of(pair: tuple[Job, Job], dtypes: Sequence[str]) -> list[Job]:
+        return fingerprint_jobs(pair[0], layouts, dtypes) + whole_jobs(pair[1], layouts, dtypes)
+
+    found = of(each[0], DTYPES[:1]) + map_jobs(first_whole, maps)
+    found += [job for pair in others for job in of(pair, DTYPES[:1])]
+    found += map_jobs(first_whole, maps[::2][:2], batches=(8,))
+    found += [job for dtype in DTYPES[:0:-1] for job in of(each[0], (dtype,))]  # int4 first: it differs most
+    found += whole_jobs(first_whole, layouts, DTYPES[:1], batches=(8, 32))
+    found += fingerprint_jobs(first_prints, layouts, DTYPES[:1], batches=(2,))
+    found += [job for pair in others for job in of(pair, DTYPES[1:])]
+    return found if with_one else [job for p, _ in each for job in fingerprint_jobs(p, [(1, 1)], DTYPES[:1])] + found
 
 
 def _depths(base: Job) -> list[Job]:
@@ -134,15 +150,15 @@ def _spread(row: dict[str, str]) -> int:
 def _gains(out: Path) -> list[dict[str, Any]]:
     """How many times faster than 16 bit, and how much less memory, by layout, batch and output length."""
     whole: Fingerprints = read_fingerprints(out / "whole.csv")
-    dense = {replace(s, dtype=""): p for s, p in whole.points.items() if s.dtype == "float16"}
+    dense = {replace(s, dtype=""): p for s, p in whole.points.items() if s.dtype == "float16" and not s.int8_kv}
     return [
         {
-            "model": s.model, "tp": s.tp, "pp": s.pp, "dtype": s.dtype, "batch": s.batch, "output_length": s.output_length,
-            "faster": dense[replace(s, dtype="")].latency_s / p.latency_s,
-            "memory_share": p.memory_gib / dense[replace(s, dtype="")].memory_gib,
+            "model": s.model, "tp": s.tp, "pp": s.pp, "dtype": s.dtype, "int8_kv": s.int8_kv, "batch": s.batch,
+            "output_length": s.output_length, "faster": base.latency_s / p.latency_s,
+            "memory_share": p.memory_gib / base.memory_gib,
         }
         for s, p in whole.points.items()
-        if s.dtype != "float16" and replace(s, dtype="") in dense
+        if (base := dense.get(replace(s, dtype="", int8_kv=False))) is not None and base is not p
     ]  # fmt: skip
 
 
@@ -151,6 +167,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder for the tables")
     parser.add_argument("--with", dest="others", type=Path, nargs="*", default=[], help="folders whose fingerprints count too")
+    parser.add_argument("--skip", type=Path, nargs="*", default=[], help="folders of runs whose points are not measured again")
     parser.add_argument("--gpus", type=int, help="how many GPUs (default: those that torch sees)")
     parser.add_argument("--models", default="llama-2-7b,llama-2-13b", help="default: %(default)s")
     parser.add_argument(
@@ -179,7 +196,12 @@ def run(options: argparse.Namespace) -> int:
     base = Job(
         names[0], 1, (1,), device=options.device, compute=compute, prompt_tokens=options.prompt_tokens, repeats=options.repeats
     )
-    wanted = [job for job in jobs(gpus, names, base) if job.layers <= model(job.model).layers]
+    before = {point for folder in options.skip for point in _there(folder)}
+    wanted = [
+        job
+        for job in jobs(gpus, names, base, bool(_files("fingerprints.csv", options.others)))
+        if job.layers <= model(job.model).layers and not _points(job) <= before
+    ]
     for job in wanted:
         job.check()
     if options.dry_run:
@@ -193,10 +215,33 @@ def run(options: argparse.Namespace) -> int:
     )  # fmt: skip
     rows = [row for one in done for row in tables.rows_of(one)]
     told = {"gpus": gpus, "seconds": time.monotonic() - began, "engines": len(done), "of": len(wanted), "points": len(rows)}
-    told |= {"host_bound": tables.host_bound(rows), **sums_up(options.out, options.others, options.prompt_tokens)}
+    told |= {
+        "host_bound": tables.host_bound(rows),
+        **sums_up(options.out, [*options.others, *options.skip], options.prompt_tokens),
+    }
     tables.put(options.out / "summary.json", json.dumps(told, indent=1) + "\n")
     print(f"{told['engines']} of {told['of']} engines, {told['points']} points in {told['seconds']:.0f} s", flush=True)
     return 0 if rows else 1
+
+
+def _points(job: Job) -> set[tuple[str, ...]]:
+    """What a job would measure, as `_there` calls it."""
+    words = (job.table, job.model, str(job.tp), " ".join(map(str, job.pp_map)), job.weights, str(job.int8_kv), str(job.batch))
+    return {(*words, str(length)) for length in job.output_lengths}
+
+
+def _there(folder: Path) -> set[tuple[str, ...]]:
+    """The points in the tables of a run. Raises InputError where there are none."""
+    keys = ("Model", "TP", "PP_Map", "DTYPE", "INT8_KV_Cache", "Batch_Size", "Output_Lenght")
+    found = {
+        (table, *(row[key] for key in keys))
+        for table in TABLES
+        for file in _files(f"{table}.csv", [folder])
+        for row in tables.read(file)
+    }
+    if not found:
+        raise InputError("maveriq_gpu", "--skip", str(folder), f"holds none of {', '.join(f'{t}.csv' for t in TABLES)}")
+    return found
 
 
 def _gpus() -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -33,7 +34,10 @@ FIGURES = ROOT / "figures" / "maveriq"
 
 
 def rows(figure: FigureFile, name: str) -> tuple[list[Row], set[str]]:
-    """The points of one series, and what they want said. Raises InputError where nothing is recorded."""
+    """The points of one series that were measured (all, empty, where none was) and what they want said.
+
+    Raises InputError where no table is there.
+    """
     found: list[Row] = []
     notes: set[str] = set()
     for point in figure.points(name):
@@ -43,15 +47,19 @@ def rows(figure: FigureFile, name: str) -> tuple[list[Row], set[str]]:
         row: Row = {"series": name, **point.at}
         row |= {key: outcome.metrics[key] for key in (figure.objective, *figure.columns)}
         found.append(row | {"feasible": True, "outcome": "recorded", "probes": 1, "trial": None})
-    if all(row[figure.objective] != row[figure.objective] for row in found):
-        raise InputError(figure.title, name, "no point", "nothing of it was measured: run benchmarks/maveriq_gpu.py")
-    return found, notes
+    return [row for row in found if _measured(figure, row)] or found, notes
+
+
+def _measured(figure: FigureFile, row: Row) -> bool:
+    return not math.isnan(float(str(row[figure.objective])))
 
 
 def record(path: Path, root: Path = ROOT / "reference") -> Path:
     """Write one figure's reference; its folder. Raises InputError where its tables are not there."""
     figure = load_figure(path)
     read = {series.name: rows(figure, series.name) for series in figure.series}
+    if not any(_measured(figure, row) for found, _ in read.values() for row in found):
+        raise InputError(path, "points", "none", "nothing of it was measured: run benchmarks/maveriq_gpu.py")
     told = commit(ROOT)
     code = f"{str(told['commit'])[:10]}{'+' if told['dirty'] is True else ''}"
     about = {

@@ -4,7 +4,8 @@
 Nothing stands in for a table that is not there.
 
 * `reference/h200*/benchmarks/{quantised,parallel}.json`: decode steps and prompts (benchmarks/parallel.py).
-* `reference/h200*/maveriq/profile/*.csv`: the profiler's tables (benchmarks/maveriq_gpu.py) on one, two and four GPUs.
+* `reference/h200*/maveriq/profile*/*.csv`: the profiler's tables (benchmarks/maveriq_gpu.py) on one, two and four GPUs.
+* `reference/h200*/benchmarks/maveriq_controller.json`: the controller at work (systems/maveriq/controller/trial.py), likewise.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import statistics
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import lru_cache
@@ -23,8 +25,9 @@ from systems.common.errors import InputError
 from systems.maveriq.fingerprint import Fingerprints, Point, read_fingerprints
 
 REFERENCE = Path(__file__).resolve().parents[2] / "reference"
-PROFILES = ("h200", "h200x2", "h200x4")
-"""Folders of one, two and four GPUs."""
+RUNS = ("profile", "profile_1", "profile_2")
+PROFILES = tuple(f"{gpus}/maveriq/{run}" for gpus in ("h200", "h200x2", "h200x4") for run in RUNS)
+"""Folders of one, two and four GPUs; of several runs the first that has measured a point counts."""
 PROMPTS = 923
 
 
@@ -68,6 +71,7 @@ def request(trial: Trial) -> Outcome:
         for folder in PROFILES
         for row in _profile(folder, f"{table}.csv", needed=False)
         if all(row[column] == str(wanted[key]) for key, column in _KEYS.items() if key in wanted)
+        and row["INT8_KV_Cache"] == str(bool(wanted.get("int8_kv", False)))
         and (stages is None or row["PP_Map"].split() == stages)
     ]
     _or_absent(table)
@@ -96,13 +100,56 @@ def error(trial: Trial) -> Outcome:
     return Outcome(given, notes=(_NOTE,))
 
 
+def tenant(trial: Trial) -> Outcome:
+    """The model `tenant` as it came to the controller's node of `gpus` GPUs: load time, memory, service, and estimates.
+
+    Seconds and GiB; errors in percent of what was measured. NaN where that node was not measured.
+    """
+    whole = _controller(trial)
+    if whole is None:
+        return Outcome(dict.fromkeys(_TENANT, math.nan), notes=(_CONTROLLER_NOTE,))
+    name = _text(trial, "tenant")
+    mine: Mapping[str, Any] = next((one for one in whole.get("load", {}).get("tenants", []) if one["name"] == name), {})
+    served, held, guess = mine.get("service_s") or [], (mine.get("memory") or {}).get("gib"), mine.get("estimate") or {}
+    values: dict[str, Scalar] = dict.fromkeys(_TENANT, math.nan)
+    if "configuration" in mine:
+        values |= {"tp": mine["configuration"]["tp"], "stages": len(mine["pp_map"]), "first_layers": mine["pp_map"][0]}
+        values["weight_bits"] = {"float16": 16, "int8": 8, "int4": 4}[mine["configuration"]["dtype"]]
+        values["load_s"] = mine["load_s"]
+    if served:
+        service_s = statistics.median(served)
+        values |= {"service_s": service_s, "latency_error_percent": 100 * (guess["latency_s"] / service_s - 1)}
+    if held:
+        values |= {"gib": held, "memory_error_percent": 100 * (guess["memory_gib"] / held - 1)}
+    return Outcome(values, notes=(_CONTROLLER_NOTE,))
+
+
+def queue(trial: Trial) -> Outcome:
+    """Latency with queueing under one of both queues on a node of `gpus` GPUs, seconds. NaN where that was not measured."""
+    whole = _controller(trial) or {}
+    mine = whole.get("queues", {}).get(_text(trial, "queue"), {})
+    values: dict[str, Scalar] = {name: float(mine.get(name, math.nan)) for name in _QUEUE}
+    values["rate_rps"] = float(whole.get("queues", {}).get("rate_rps", math.nan))
+    return Outcome(values, notes=(_CONTROLLER_NOTE,))
+
+
 RECORDED_EXPERIMENTS: Mapping[str, Callable[[Trial], Outcome]] = {
     "recorded_steps": steps,
     "recorded_request": request,
     "recorded_error": error,
+    "recorded_tenant": tenant,
+    "recorded_queue": queue,
 }
 
 _NOTE = f"recorded by benchmarks/maveriq_gpu.py: our engine, bf16, random weights, prompts of {PROMPTS} tokens"
+_CONTROLLER_NOTE = (
+    f"recorded by systems.maveriq.controller.trial: real engines, random weights (16 bit is bf16), prompts of {PROMPTS} tokens"
+)
+_TENANT = (
+    "load_s", "gib", "memory_error_percent", "service_s", "latency_error_percent", "tp", "stages", "first_layers",
+    "weight_bits",
+)  # fmt: skip
+_QUEUE = ("e2e_mean_s", "e2e_p50_s", "e2e_p95_s", "service_mean_s", "requests", "answered")
 _KEYS = {
     "model": "Model", "tp": "TP", "pp": "PP", "dtype": "DTYPE", "batch": "Batch_Size", "output_length": "Output_Lenght",
     "layers": "Num_layers",
@@ -121,6 +168,17 @@ def _benchmark(file: Path) -> Mapping[str, Any]:
     return found
 
 
+def _controller(trial: Trial) -> Mapping[str, Any] | None:
+    """What the trial on `gpus` GPUs wrote; None where only other nodes were measured. Raises InputError where none was."""
+    files = {
+        gpus: REFERENCE / folder / "benchmarks" / "maveriq_controller.json" for gpus, folder in ((1, "h200"), (2, "h200x2"))
+    }
+    if not any(file.is_file() for file in files.values()):
+        raise InputError(files[1], "trial", "absent", "not recorded yet: run systems.maveriq.controller.trial on H200s")
+    file = files.get(int(str(trial.parameters["gpus"])))
+    return _benchmark(file) if file is not None and file.is_file() else None
+
+
 def _entry(file: Path, whole: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     if not isinstance(whole.get(name), dict):
         raise InputError(file, "entry", name, f"it has {', '.join(key for key in whole if isinstance(whole[key], dict))}")
@@ -134,7 +192,7 @@ def _ms(entry: Mapping[str, Any], name: str) -> float:
 
 @lru_cache(maxsize=16)
 def _profile(folder: str, name: str, needed: bool = True) -> list[dict[str, str]]:
-    file = REFERENCE / folder / "maveriq" / "profile" / name
+    file = REFERENCE / folder / name
     if not file.is_file() and not needed:
         return []
     with file.open(newline="", encoding="utf-8") as stream:
@@ -142,8 +200,8 @@ def _profile(folder: str, name: str, needed: bool = True) -> list[dict[str, str]
 
 
 def _or_absent(table: str) -> None:
-    if not any((REFERENCE / folder / "maveriq" / "profile" / f"{table}.csv").is_file() for folder in PROFILES):
-        where = REFERENCE / "h200" / "maveriq" / "profile" / f"{table}.csv"
+    if not any((REFERENCE / folder / f"{table}.csv").is_file() for folder in PROFILES):
+        where = REFERENCE / PROFILES[0] / f"{table}.csv"
         raise InputError(
             where, "table", "absent", "not recorded yet: run benchmarks/maveriq_gpu.py on H200s and put its tables there"
         )
@@ -153,7 +211,7 @@ def _together(name: str) -> Fingerprints:
     _or_absent(name.removesuffix(".csv"))
     points: dict[Any, Point] = {}
     for folder in PROFILES:
-        file = REFERENCE / folder / "maveriq" / "profile" / name
+        file = REFERENCE / folder / name
         if file.is_file():
             points = {**read_fingerprints(file).points, **points}
     return Fingerprints(name, points)

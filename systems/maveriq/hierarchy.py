@@ -252,31 +252,107 @@ def update(
     `factors` say how far the noise may be from the priors', below `STRANGE` and from there on.
     """
     noise = prior.print_noise[rows.noise_class]
-    error = (1 - rows.terms @ prior.mean) / noise
-    best: Posterior | None = None
-    for width in tried if len(noise) else tried[:1]:
-        terms, mean, (strangeness, covariance, root) = rows.terms, prior.mean, width
-        if rows.lines is not None and strangeness >= STRANGE:
-            terms, mean = np.hstack([terms, rows.lines]), np.append(mean, np.zeros(rows.lines.shape[1]))
-            _, covariance, root = width.with_lines(rows.lines.shape[1])
-        scaled = terms / noise[:, None]
-        # with prior covariance root root' the measurements speak of independent directions, each with a strength
-        left, strength, turn = np.linalg.svd(scaled @ root, full_matrices=False)
-        seen, root = left.T @ error, root @ turn.T
-        unseen = max(0.0, float(error @ error - seen @ seen))
-        rest = covariance - root @ root.T  # directions that no measurement speaks of
-        for noisiness in NOISINESS if len(noise) else (1.0,):
-            total = noisiness**2 + strength**2
-            square = float(np.sum(seen**2 / total)) + unseen / noisiness**2
-            factor = np.log(factors[strangeness >= STRANGE])
-            grown = float(np.sum(np.log(total))) + 2 * max(0, len(noise) - len(total)) * np.log(noisiness)
-            # indifferent fingerprints leave prior and noise as they were learned
-            evidence = -0.5 * (grown + square) - np.log1p(strangeness) - 0.5 * (np.log(noisiness) / factor) ** 2
-            if best is None or evidence > best.evidence:
-                moved = mean + root @ (strength / total * seen)
-                best = Posterior(moved, rest + (root * noisiness**2 / total) @ root.T, strangeness, noisiness, evidence)
+    tried = tried if len(noise) else tried[:1]
+    with_lines = [rows.lines is not None and width.strangeness >= STRANGE for width in tried]
+    broken = [width for width, lined in zip(tried, with_lines, strict=True) if lined]
+    plain = [_directions(prior, rows, width) for width, lined in zip(tried, with_lines, strict=True) if not lined]
+    best = max(((*one.evidence(factors), one) for one in plain), key=lambda found: found[0], default=None)
+    if broken:
+        hopes = _evidence_with_lines(prior, rows, broken, factors)
+        if best is None or hopes.max() > best[0]:
+            one = _directions(prior, rows, broken[int(np.argmax(hopes))])
+            best = *one.evidence(factors), one
     assert best is not None
-    return best
+    evidence, noisiness, one = best
+    return one.posterior(evidence, noisiness)
+
+
+def evidence(prior: Prior, rows: Rows, tried: Sequence[Width]) -> float:
+    """How much the fingerprints `rows`, without lines, speak for `prior` at the best of some widths: a logarithm."""
+    return max(_directions(prior, rows, width).evidence((NOISE_FACTOR, NOISE_FACTOR))[0] for width in tried)
+
+
+@dataclass(frozen=True, slots=True)
+class _Directions:
+    """With prior covariance root root' the measurements speak of independent directions, each with a strength."""
+
+    strangeness: float
+    mean: Floats
+    covariance: Floats
+    root: Floats
+    strength: Floats
+    seen: Floats
+    unseen: float
+    count: int
+
+    def evidence(self, factors: tuple[float, float]) -> tuple[float, float]:
+        """The most there is, and at which noisiness."""
+        noisiness = np.array(NOISINESS if self.count else (1.0,))
+        total = noisiness[:, None] ** 2 + self.strength**2
+        square = np.sum(self.seen**2 / total, axis=1) + self.unseen / noisiness**2
+        grown = np.sum(np.log(total), axis=1) + 2 * max(0, self.count - len(self.strength)) * np.log(noisiness)
+        found = -0.5 * (grown + square) - _reluctance(self.strangeness, noisiness, factors)
+        at = int(np.argmax(found))
+        return float(found[at]), float(noisiness[at])
+
+    def posterior(self, evidence: float, noisiness: float) -> Posterior:
+        """The constants at that noisiness."""
+        total = noisiness**2 + self.strength**2
+        rest = self.covariance - self.root @ self.root.T  # directions that no measurement speaks of
+        moved = self.mean + self.root @ (self.strength / total * self.seen)
+        covariance = rest + (self.root * noisiness**2 / total) @ self.root.T
+        return Posterior(moved, covariance, self.strangeness, noisiness, evidence)
+
+
+def _directions(prior: Prior, rows: Rows, width: Width) -> _Directions:
+    noise = prior.print_noise[rows.noise_class]
+    error = (1 - rows.terms @ prior.mean) / noise
+    terms, mean, (strangeness, covariance, root) = rows.terms, prior.mean, width
+    if rows.lines is not None and strangeness >= STRANGE:
+        terms, mean = np.hstack([terms, rows.lines]), np.append(mean, np.zeros(rows.lines.shape[1]))
+        _, covariance, root = width.with_lines(rows.lines.shape[1])
+    scaled = terms / noise[:, None]
+    left, strength, turn = np.linalg.svd(scaled @ root, full_matrices=False)
+    seen = left.T @ error
+    unseen = max(0.0, float(error @ error - seen @ seen))
+    return _Directions(strangeness, mean, covariance, root @ turn.T, strength, seen, unseen, len(noise))
+
+
+def _reluctance(strangeness: float, noisiness: Floats, factors: tuple[float, float]) -> Floats:
+    """What a change must win back: indifferent fingerprints leave prior and noise as they were learned."""
+    return np.asarray(np.log1p(strangeness) + 0.5 * (np.log(noisiness) / np.log(factors[strangeness >= STRANGE])) ** 2)
+
+
+def _evidence_with_lines(prior: Prior, rows: Rows, tried: Sequence[Width], factors: tuple[float, float]) -> Floats:
+    """The evidence at each of some widths with lines, at its best noisiness: what `_Directions` finds, without its large SVD.
+
+    Lines are many and independent, so they are integrated out of the noise first (their own eigenvectors, once for all widths)
+    and what is left has the size of the terms: with W the noise and lines, K = W + S C S' has
+    log |K| = log |W| + log |1 + root' S' W^-1 S root|, and its inverse follows from the same matrix.
+    """
+    assert rows.lines is not None
+    noise = prior.print_noise[rows.noise_class][:, None]
+    terms, lines, error = rows.terms / noise, rows.lines / noise, (1 - rows.terms @ prior.mean) / noise[:, 0]
+    sizes, vectors = np.linalg.eigh(lines.T @ lines)
+    kept = sizes > 1e-12 * sizes[-1]
+    sizes, along = sizes[kept], (lines @ vectors[:, kept]) / np.sqrt(sizes[kept])
+    terms_in, error_in = along.T @ terms, along.T @ error
+    square, pull, whole = terms.T @ terms, terms.T @ error, float(error @ error)
+    best = []
+    for width in tried:
+        lined = (_LINES * width.strangeness) ** 2 * sizes
+        variance = np.array(NOISINESS)[:, None] ** 2
+        share = lined / (variance + lined)  # of what lies along the lines, how much they take away; [noisiness, lines]
+        rest = (square - (terms_in.T[None] * share[:, None]) @ terms_in) / variance[:, :, None]
+        left = (pull - (share * error_in) @ terms_in) / variance
+        matrix = np.eye(len(square)) + width.root.T @ rest @ width.root
+        towards = left @ width.root
+        found = np.linalg.solve(matrix, towards[:, :, None])[:, :, 0]
+        quadratic = (whole - share @ error_in**2) / variance[:, 0] - np.sum(towards * found, axis=1)
+        grown = len(error) * np.log(variance[:, 0]) + np.log1p(lined / variance).sum(axis=1) + np.linalg.slogdet(matrix)[1]
+        against = _reluctance(width.strangeness, np.array(NOISINESS), factors)
+        best.append(float(np.max(-0.5 * (grown + quadratic) - against)))
+    return np.array(best)
 
 
 def pace_of(prior: Prior, rows: Rows) -> float:

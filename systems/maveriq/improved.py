@@ -38,6 +38,7 @@ from systems.maveriq.hierarchy import (
     Prior,
     Width,
     at_pace,
+    evidence,
     noise_class,
     pace_of,
     predicted,
@@ -196,7 +197,9 @@ class ImprovedEstimator:
         wide = widths(latency, LATENCY_GROUPS, doubt)
         prompt, pace = self._regime(latency, wide, points)
         measured, known = list(points), splits(list(points))
-        rows, gib = latency_rows(points, self._models, prompt), memory_rows(points, self._models, prompt)
+        found_settings = settings(measured, self._models, prompt)
+        rows = latency_rows(points, self._models, prompt, found_settings)
+        gib = memory_rows(points, self._models, prompt, found_settings)
         lines = latency_lines(measured, known, self._models, prompt, latency.mean)
         rows = rows._replace(lines=lines / np.array([[point.latency_s * 1e3] for point in points.values()]))
         lines = memory_lines(measured, known, self._models, prompt, memory.mean)
@@ -226,10 +229,11 @@ class ImprovedEstimator:
     def _regime(self, latency: Prior, wide: Sequence[Width], points: Mapping[Setting, Point]) -> tuple[float, float]:
         """The prompt length, and the pace of the machine, that the fingerprints speak for most."""
         best = -np.inf, float(LONG_PROMPT), 1.0
+        found = settings(list(points), self._models, 0)
         for prompt in PROMPTS if self._prompt_tokens is None else (self._prompt_tokens,):
-            rows = latency_rows(points, self._models, prompt)
+            rows = latency_rows(points, self._models, prompt, found)
             for pace in {1.0, pace_of(latency, rows)}:
-                best = max(best, (update(latency, at_pace(rows, pace), wide[::_COARSE]).evidence, float(prompt), pace))
+                best = max(best, (evidence(latency, at_pace(rows, pace), wide[::_COARSE]), float(prompt), pace))
         return best[1:]
 
     def _setting(self, question: Question) -> Setting:

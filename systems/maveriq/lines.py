@@ -8,13 +8,12 @@ all and per layer), measured in units of what the terms say. On a machine like t
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 
 from systems.maveriq.configuration import Floats, ModelFacts
 from systems.maveriq.fingerprint import Setting
-from systems.maveriq.terms import latency_terms, memory_terms, settings
+from systems.maveriq.terms import Settings, latency_terms, memory_terms, settings
 
 Split = tuple[int, str, bool, int]
 """(TP, dtype, int8_kv, batch)."""
@@ -37,8 +36,8 @@ def latency_lines(
 ) -> Floats:
     """The lines' columns for `asked`, ms per unit. [n, 4 splits]."""
 
-    def units(one: Sequence[Setting], two: Sequence[Setting]) -> Floats:
-        (once1, token1, _), (once2, token2, _) = (latency_terms(settings(some, models, prompt)) for some in (one, two))
+    def units(one: Settings, two: Settings) -> Floats:
+        (once1, token1, _), (once2, token2, _) = (latency_terms(some) for some in (one, two))
         layer = np.stack([(once2 - once1) @ mean, (token2 - token1) @ mean], axis=1)
         rest = np.stack([once1 @ mean, token1 @ mean], axis=1) - layer
         return np.stack([rest[:, 0], layer[:, 0], rest[:, 1], layer[:, 1]], axis=1)
@@ -46,7 +45,7 @@ def latency_lines(
     def factors(s: Setting) -> tuple[int, ...]:
         return 1, s.layers, s.output_length, s.layers * s.output_length
 
-    return _columns(asked, known, units, factors, _LATENCY_LEAST)
+    return _columns(asked, settings(asked, models, prompt), known, units, factors, _LATENCY_LEAST)
 
 
 def memory_lines(
@@ -54,24 +53,26 @@ def memory_lines(
 ) -> Floats:
     """The lines' columns for `asked`, GiB per unit. [n, 2 splits]."""
 
-    def units(one: Sequence[Setting], two: Sequence[Setting]) -> Floats:
-        first, second = (memory_terms(settings(some, models, prompt)) @ mean for some in (one, two))
+    def units(one: Settings, two: Settings) -> Floats:
+        first, second = (memory_terms(some) @ mean for some in (one, two))
         return np.stack([2 * first - second, second - first], axis=1)
 
-    return _columns(asked, known, units, lambda s: (1, s.layers), _MEMORY_LEAST)
+    return _columns(asked, settings(asked, models, prompt), known, units, lambda s: (1, s.layers), _MEMORY_LEAST)
 
 
 def _columns(
     asked: Sequence[Setting],
+    described: Settings,
     known: Sequence[Split],
-    units: Callable[[Sequence[Setting], Sequence[Setting]], Floats],
+    units: Callable[[Settings, Settings], Floats],
     factors: Callable[[Setting], tuple[int, ...]],
     least: float,
 ) -> Floats:
     if not asked:
         return np.zeros((0, 0))
-    one = [replace(s, pp=1, layers=1) for s in asked]
-    size = np.abs(units(one, [replace(s, layers=2) for s in one]))
+    single = np.ones_like(described.pp)
+    one = described._replace(pp=single, layers=single)
+    size = np.abs(units(one, one._replace(layers=2 * single)))
     size = np.maximum(size, least * size.max(axis=1, keepdims=True))
     found = np.zeros((len(asked), len(known), size.shape[1]))
     places = {split: place for place, split in enumerate(known)}

@@ -90,6 +90,10 @@ class Settings(NamedTuple):
     attention_width: Floats
     all_reduces: Floats
 
+    def asking(self, prompt: float) -> Settings:
+        """The same with prompts of `prompt` tokens."""
+        return self._replace(prompt=np.full_like(self.prompt, prompt))
+
 
 def dtype_of(name: str, where: str = "fingerprints") -> str:
     """One of DTYPES, also for other spellings. Raises InputError for a number format whose size is not known."""
@@ -200,15 +204,19 @@ def _divided(terms: Floats, measured: Sequence[float], found: Settings) -> Rows:
     return Rows(terms / np.array(measured)[:, None] if len(measured) else terms, noise_class(found.tp, found.pp))
 
 
-def latency_rows(points: Mapping[Setting, Point], models: Mapping[str, ModelFacts], prompt: float) -> Rows:
-    """Latency measurements as rows for `hierarchy`."""
-    found = settings(list(points), models, prompt)
+def latency_rows(
+    points: Mapping[Setting, Point], models: Mapping[str, ModelFacts], prompt: float, known: Settings | None = None
+) -> Rows:
+    """Latency measurements as rows for `hierarchy`. `known`: their settings, whatever the prompt, where they are there."""
+    found = settings(list(points), models, prompt) if known is None else known.asking(prompt)
     once, token, squared = latency_terms(found)
     length = found.length[:, None]
     return _divided(once + length * token + length**2 * squared, [p.latency_s * 1e3 for p in points.values()], found)
 
 
-def memory_rows(points: Mapping[Setting, Point], models: Mapping[str, ModelFacts], prompt: float) -> Rows:
-    """Memory measurements as rows for `hierarchy`."""
-    found = settings(list(points), models, prompt)
+def memory_rows(
+    points: Mapping[Setting, Point], models: Mapping[str, ModelFacts], prompt: float, known: Settings | None = None
+) -> Rows:
+    """Memory measurements as rows for `hierarchy`. `known`: as in `latency_rows`."""
+    found = settings(list(points), models, prompt) if known is None else known.asking(prompt)
     return _divided(memory_terms(found), [p.memory_gib for p in points.values()], found)

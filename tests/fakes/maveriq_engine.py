@@ -1,8 +1,9 @@
 """An engine that answers at once, for tests of MaverIQ's controller: the same words on stdout and over HTTP as the real one.
 
 What it does depends on the prompt: `die` ends the process in the middle of a request, `die once FILE` only while FILE is not
-there (it makes it), `wait FILE` answers once FILE is there, `refuse` is an error, anything else comes back in capitals. Called
-with a model named in FAKE_ENGINE_BROKEN it ends before it is ready.
+there (it makes it), `rank FILE` likewise but says first that a rank has died, as the real one does, `wait FILE` answers once
+FILE is there, `refuse` is an error, anything else comes back in capitals. Called with a model named in FAKE_ENGINE_BROKEN it
+ends before it is ready.
 """
 
 from __future__ import annotations
@@ -31,6 +32,11 @@ class Handler(BaseHTTPRequestHandler):
             os._exit(9)
         while words[0] == "wait" and not Path(words[1]).exists():
             time.sleep(0.005)
+        if words[0] == "rank" and not Path(words[1]).exists():
+            self.answer(500, {"error": {"message": "rank 1 of 2 died (killed by SIGKILL)", "code": "engine_died"}})
+            if Path(words[1]).parent.is_dir():
+                Path(words[1]).touch()
+            return
         if words == ["refuse"]:
             self.answer(400, {"error": {"message": "no such thing"}})
         else:

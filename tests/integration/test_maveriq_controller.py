@@ -21,7 +21,7 @@ from systems.common.errors import InputError
 from systems.maveriq.controller import trial
 from systems.maveriq.controller.core import Core
 from systems.maveriq.controller.driver import Controller
-from systems.maveriq.controller.engines import serve_argv
+from systems.maveriq.controller.launch import Launch, serving
 from systems.maveriq.controller.library import Library
 from systems.maveriq.controller.memory import Budgets
 from systems.maveriq.controller.queues import QUEUES
@@ -33,8 +33,8 @@ LIMIT_S = 60
 MODELS = ("llama-2-7b", "llama-2-13b")
 
 
-def fake(deployment):
-    return (sys.executable, str(FAKE), deployment.decision.wish.model)
+def fake(deployment, devices):
+    return Launch((sys.executable, str(FAKE), deployment.decision.wish.model), tuple(devices))
 
 
 @pytest.fixture(scope="module")
@@ -42,10 +42,10 @@ def table(tmp_path_factory):
     return fingerprints(tmp_path_factory.mktemp("prints") / "prints.csv", models=MODELS)
 
 
-def controller(table, argv=fake, queue="global", gpus=2, gib=48.0, timeout_s=LIMIT_S):
+def controller(table, launcher=fake, queue="global", gpus=2, gib=48.0, timeout_s=LIMIT_S):
     library = Library.read(table)
     core = Core(library.search(), QUEUES[queue]())
-    return Controller(core, Budgets((gib,) * gpus, (0.5,) * gpus), argv, library, timeout_s)
+    return Controller(core, Budgets((gib,) * gpus, (0.5,) * gpus), launcher, library, timeout_s)
 
 
 def going(scenario):
@@ -103,6 +103,20 @@ def test_an_engine_that_dies_mid_request_retries_it_once_and_harms_nobody(table,
             lost = await node.inference("a", "die")
             assert lost.error.startswith("engine of a: ") and lost.error.endswith("tried 2 times")
             assert told(await node.inference("a", "still here"))["prompt"] == "STILL HERE"
+
+    going(scenario)
+
+
+def test_a_rank_that_dies_is_a_dead_engine_and_not_a_refused_request(table, tmp_path):
+    async def scenario():
+        async with controller(table) as node:
+            await node.deploy("a", Wish(MODELS[0], "min_mem"))
+            before = node.status()[0]["pid"]
+            answer = await node.inference("a", f"rank {tmp_path / 'died'}")
+            assert answer.tries == 2 and told(answer)["pid"] != before
+            lost = await node.inference("a", f"rank {tmp_path / 'no' / 'such'}")
+            assert lost.error == "engine of a: rank 1 of 2 died (killed by SIGKILL); tried 2 times"
+            assert told(await node.inference("a", "after"))["prompt"] == "AFTER"
 
     going(scenario)
 
@@ -376,35 +390,32 @@ def test_bad_options_are_one_line(table, root, tmp_path):
     assert absent.returncode == 2 and "absent.csv" in absent.stderr
 
 
-def test_the_trial_on_one_device_writes_what_it_has(table, tmp_path, monkeypatch):
-    def made(setting, queue):
-        return controller(table, queue=queue, gpus=4)
-
-    monkeypatch.setattr(trial.Setting, "controller", made)
-    monkeypatch.setattr(trial, "MODELS", MODELS)
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_the_trial_writes_what_it_has(table, tmp_path, monkeypatch, capsys, gpus):
+    monkeypatch.setattr(trial, "serving", lambda *_options, **_more: fake)
     monkeypatch.setenv("PATH", str(tmp_path))  # no nvidia-smi
     out = tmp_path / "trial.json"
-    argv = [
-        "--fingerprints",
-        str(table),
-        "--out",
-        str(out),
-        "--device",
-        "cpu",
-        "--requests",
-        "12",
-        "--rate-rps",
-        "100",
-        "--tokens",
-        "3",
-    ]
-    assert trial.main(argv) == 1  # memory can't be measured here; the others go on
+    argv = ["--fingerprints", str(table), "--out", str(out), "--device", "cpu", "--gpus", str(gpus), "--commit", "abc"]
+    argv += ["--rate-rps", "60", "--traffic-s", "0.5", "--tokens", "3", "--limit-s", "60"]
+    assert trial.main(argv) == 0
     told = json.loads(out.read_text())
-    assert "nvidia-smi" in told["memory"]["error"]
-    assert [told["queues"][queue]["answered"] for queue in QUEUES] == [12, 12]
-    assert told["death_under_traffic"]["others_failed"] == 0
-    assert told["removal_under_traffic"]["answered"] + told["removal_under_traffic"]["lost"] <= 12
-    assert trial.main([*argv, "--sections", "all"]) == 2
+    tenants = told["load"]["tenants"]
+    assert [one["name"] for one in tenants] == (["dense", "cheap", "small"] if gpus == 1 else ["pipeline", "tensor", "small"])
+    assert all(len(one["service_s"]) == 3 and one["memory"]["gib"] is None for one in tenants)
+    assert [one["pp_map"] for one in tenants] == ([[32], [40], [32]] if gpus == 1 else [[20, 12], [40], [32]])
+    for queue in QUEUES:
+        assert 0 < told["queues"][queue]["answered"] == told["queues"][queue]["requests"]
+    death, removal = told["death_under_traffic"], told["removal_under_traffic"]
+    assert (death["answer_error"], death["others_failed"], death["processes_left"]) == ("", 0, 0)
+    assert removal["back"] and removal["others"]["errors"] == []
+    assert len(told["unload"]["steps"]) == 3 and told["left_out"] == [] and told["provenance"]["commit"] == "abc"
+    capsys.readouterr()
+    if gpus == 1:
+        assert trial.main([*argv, "--sections", "all"]) == 2
+        assert trial.main([*argv, "--sections", "queues"]) == 1
+        assert "no model has been deployed" in json.loads(out.read_text())["queues"]["error"]
+        assert trial.main([*argv, "--limit-s", "0"]) == 1
+        assert json.loads(out.read_text())["left_out"] == list(trial.SECTION_S)
 
 
 @pytest.mark.slow
@@ -414,7 +425,7 @@ def test_the_real_engine_on_a_cpu(table):
     options = ("--device", "cpu", "--max-model-len", "256", "--kv-blocks", "32", "--seed", "7")
 
     async def scenario():
-        async with controller(table, serve_argv("tiny", options), "per_model") as node:
+        async with controller(table, serving("tiny", options), "per_model") as node:
             await asyncio.gather(*(node.deploy(name, Wish(MODELS[0], "min_mem", output_length=4)) for name in "ab"))
             answers = await asyncio.gather(*(node.inference(name, "hello") for name in "abab"))
             assert not any(answer.error for answer in answers)

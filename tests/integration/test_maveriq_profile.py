@@ -113,7 +113,7 @@ def test_ranks_are_measured_together_and_a_job_that_fails_fails_alone():
     with Crew() as crew:
         split = crew.do(Job.from_json({**TINY.to_json(), "tp": 2}), LIMIT_S)
         impossible = crew.do(Job.from_json({**TINY.to_json(), "tp": 3}), LIMIT_S)
-        after = crew.do(TINY, LIMIT_S, more=False)
+        after = crew.do(TINY, LIMIT_S, more=0)
     assert len(split.rows) == 1, split.error
     assert split.rows[0]["memory_gib"] > after.rows[0]["memory_gib"]  # the other rank's process counts
     assert not impossible.rows
@@ -124,7 +124,7 @@ def test_ranks_are_measured_together_and_a_job_that_fails_fails_alone():
 
 def test_a_job_that_takes_too_long_is_an_error_of_its_own():
     with Crew() as crew:
-        slow = crew.do(Job.from_json({**TINY.to_json(), "repeats": 10**9}), 1.0, more=False)
+        slow = crew.do(Job.from_json({**TINY.to_json(), "repeats": 10**9}), 1.0, more=0)
     assert not slow.rows
     assert "took too long" in slow.error
     assert not workers()
@@ -132,9 +132,9 @@ def test_a_job_that_takes_too_long_is_an_error_of_its_own():
 
 def test_a_worker_that_is_killed_says_so():
     with Crew() as crew:
-        crew._next = Worker()
-        os.kill(crew._next.process.pid, signal.SIGKILL)
-        found = crew.do(TINY, LIMIT_S, more=False)
+        crew._ready.append(Worker())
+        os.kill(crew._ready[0].process.pid, signal.SIGKILL)
+        found = crew.do(TINY, LIMIT_S, more=0)
     assert not found.rows
     assert found.error
 

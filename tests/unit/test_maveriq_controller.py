@@ -219,7 +219,7 @@ class TestMemory:
         memory.charge("a", Placement((1, 1), (1, 0), (10.0, 4.0)))
         assert [gpu.used_gib for gpu in memory.states(lambda gpu: gpu / 10)] == [4.5, 10.5]
         assert [gpu.busy for gpu in memory.states(lambda gpu: gpu / 10)] == [0, 0.1]
-        assert memory.devices((1, 0)) == (0,)
+        assert memory.devices((1, 0)) == (0, 0)
         memory.release("a")
         assert [gpu.used_gib for gpu in memory.states(lambda _gpu: 0.0)] == [0.5, 0.5]
 

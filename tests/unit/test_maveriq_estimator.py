@@ -548,6 +548,28 @@ def test_the_hierarchy_finds_a_machine_and_its_noise():
     assert np.linalg.eigvalsh(posterior.covariance).min() > -1e-9
 
 
+@given(st.integers(0, 2**32 - 1))
+@settings(max_examples=40, deadline=None)
+def test_evidence_with_lines_is_that_of_the_whole_decomposition(seed):
+    """What is computed in the terms' size equals the singular values of terms and lines together, and so does the choice."""
+    random = np.random.default_rng(seed)
+    terms, lines = random.integers(1, 5), random.integers(1, 9)
+    count = int(random.integers(1, 14))
+    scale = 10 ** random.uniform(-2, 1, terms)
+    prior = hierarchy.Prior(
+        tuple("abcdef"[:terms]), scale, np.diag((0.1 * scale) ** 2), 0.2 * scale, 0.01 * scale, np.full(8, 0.02),
+        np.full(8, 10 ** random.uniform(-2.5, -1)), {},
+    )  # fmt: skip
+    blocks = np.eye(int(lines))[random.integers(0, lines, count)] * random.uniform(0, 1, (count, 1))
+    rows = hierarchy.Rows(random.uniform(0, 0.5, (count, terms)) / scale, np.zeros(count, dtype=np.int64), blocks)
+    tried = [width for width in hierarchy.widths(prior, {"all": prior.terms}) if width.strangeness >= hierarchy.STRANGE]
+    factors = hierarchy.NOISE_FACTOR, hierarchy.NOISE_FACTOR_ELSEWHERE
+    found = hierarchy._evidence_with_lines(prior, rows, tried, factors)
+    whole = [hierarchy._directions(prior, rows, width).evidence(factors)[0] for width in tried]
+    assert found == pytest.approx(np.array(whole), rel=1e-6, abs=1e-4)
+    assert hierarchy.update(prior, rows, tried, factors).evidence == pytest.approx(max(whole), rel=1e-6, abs=1e-4)
+
+
 def test_the_engines_shapes_are_known_models():
     facts = known_models()["llama-3.1-8b"]
     assert (facts.layers, facts.hidden, facts.kv_heads, facts.is_whole) == (32, 4096, 8, True)

@@ -18,6 +18,7 @@ from systems.maveriq.configuration import known_models
 from systems.maveriq.fingerprint import Fingerprints, Point, Setting, read_fingerprints
 from systems.maveriq.profile import __main__ as command
 from systems.maveriq.profile import judge, memory, tables
+from systems.maveriq.profile import run as profiling
 from systems.maveriq.profile.crew import Done
 from systems.maveriq.profile.jobs import Job, even_map, fingerprint_jobs, map_jobs, whole_jobs
 
@@ -262,6 +263,50 @@ def test_the_benchmark_measures_what_its_gpus_allow():
     assert model("llama-2-7b").layers == 32
 
 
+def test_two_gpus_begin_with_what_one_has_not_and_with_what_tells_most():
+    from benchmarks import maveriq_gpu
+
+    names = ["llama-2-7b", "llama-2-13b"]
+    alone, beside = (maveriq_gpu.jobs(2, names, BASE, with_one) for with_one in (False, True))
+    assert set(beside) < set(alone)
+    assert {job.gpus for job in beside} == {2}
+    first = beside[:18]
+    assert {job.dtype for job in first} == {"float16"}
+    assert {(job.model, job.tp, job.table) for job in first} >= {(name, tp, "whole") for name in names for tp in (1, 2)}
+    assert {job.pp_map for job in first if job.table == "uneven"} == {(16, 16), (20, 12), (24, 8), (28, 4)}
+
+
+def test_a_second_run_measures_what_the_first_left_out(tmp_path, capsys):
+    from benchmarks import maveriq_gpu
+
+    argv = ["--out", str(tmp_path / "out"), "--gpus", "1", "--models", "tiny", "--device", "cpu", "--dry-run"]
+    assert maveriq_gpu.main(argv) == 0
+    everything = capsys.readouterr().out.splitlines()
+    first = Job("tiny", 1, (1,), device="cpu")
+    partly = replace(first, dtype="int8", output_lengths=(10,))
+    rows = [row for job in (first, partly) for row in tables.rows_of(done(job))]
+    tables.put(tmp_path / "before" / "fingerprints.csv", tables.as_csv(rows))
+    assert maveriq_gpu.main([*argv, "--skip", str(tmp_path / "before")]) == 0
+    left = capsys.readouterr().out.splitlines()
+    assert set(everything) - set(left) == {"fingerprints: tiny TP 1 layers [1] float16 batch 1, [10, 20] tokens"}
+    assert maveriq_gpu.main([*argv, "--skip", str(tmp_path)]) == 2
+    assert "holds none of" in capsys.readouterr().err
+
+
+def test_a_job_that_began_in_time_does_not_outlive_the_budget_for_long(tmp_path, monkeypatch):
+    limits = []
+
+    def do(self, job, limit_s, more):
+        limits.append(limit_s)
+        return done(job)
+
+    monkeypatch.setattr(profiling.Crew, "do", do)
+    files = {"fingerprints": tmp_path / "prints.csv"}
+    profiling.profile([BASE, replace(BASE, batch=2)], files, tmp_path / "provenance.json", budget_s=30.0)
+    assert len(limits) == 2
+    assert max(limits) <= 30.0 + profiling.OVER_S
+
+
 def test_the_benchmark_sums_up(tmp_path):
     from benchmarks import maveriq_gpu
 
@@ -282,6 +327,14 @@ def test_the_benchmark_sums_up(tmp_path):
     (gain,) = found["gains"]
     assert (gain["dtype"], gain["faster"], gain["memory_share"]) == ("int8", pytest.approx(1.5), 1.0)
     assert "error" in found["errors"]  # no fingerprints: said, and the rest is there
+
+
+def number(cell):
+    """A cell as a number, where it is one."""
+    try:
+        return float(cell)
+    except ValueError:
+        return cell
 
 
 class TestRecorded:
@@ -334,13 +387,61 @@ class TestRecorded:
         found = {n: self.ask("recorded_request", **asked, layers=n, what="line")["latency_s"] for n in (1, 2, 8)}
         assert found == pytest.approx({1: 1.0, 2: 2.0, 8: 8.0})
 
+    def test_the_controller_at_work(self, reference):
+        """A model's row and both queues, from what the trial wrote on one GPU; the node that was not measured is NaN."""
+        with pytest.raises(InputError, match="not recorded yet"):
+            self.ask("recorded_tenant", gpus=1, tenant="dense")
+        mine = {
+            "name": "dense", "configuration": {"tp": 1, "dtype": "int8"}, "pp_map": [20, 12], "load_s": 9.0,
+            "service_s": [0.2, 0.1, 0.3], "memory": {"gib": 10.0}, "estimate": {"latency_s": 0.25, "memory_gib": 11.0},
+        }  # fmt: skip
+        told = {
+            "load": {"tenants": [mine, {"name": "cheap", "refusal": "out of memory"}]},
+            "queues": {"rate_rps": 4.0, "global": {"e2e_mean_s": 0.5, "requests": 7}, "per_model": {"requests": 0}},
+        }
+        tables.put(reference / "h200" / "benchmarks" / "maveriq_controller.json", json.dumps(told))
+        found = self.ask("recorded_tenant", gpus=1, tenant="dense")
+        assert (found["stages"], found["first_layers"], found["weight_bits"], found["load_s"]) == (2, 20, 8, 9.0)
+        assert found["latency_error_percent"] == pytest.approx(25)
+        assert found["memory_error_percent"] == pytest.approx(10)
+        for asked in ({"gpus": 1, "tenant": "cheap"}, {"gpus": 1, "tenant": "other"}, {"gpus": 2, "tenant": "dense"}):
+            assert self.ask("recorded_tenant", **asked)["load_s"] != found["load_s"]
+        assert self.ask("recorded_queue", gpus=1, queue="global")["e2e_mean_s"] == 0.5
+        for gpus, queue in ((1, "per_model"), (2, "global")):
+            latency_s = self.ask("recorded_queue", gpus=gpus, queue=queue)["e2e_mean_s"]
+            assert latency_s != latency_s
+
+    def test_points_that_were_not_measured_are_left_out_of_a_recorded_figure(self, reference, tmp_path):
+        from benchmarks import maveriq_record
+        from systems.maveriq import experiments_recorded
+
+        self.keep(reference / "h200", "whole", [(job, 0.1) for job in whole_jobs(BASE, [(1, 1)], ["float16"])])
+        figure = maveriq_record.FIGURES / "h200_layouts.yaml"
+        with pytest.raises(InputError, match="nothing of it was measured"):  # no answer of 100 tokens
+            maveriq_record.record(figure, tmp_path / "none")
+        experiments_recorded._profile.cache_clear()
+        job = replace(BASE, pp_map=(32,), clock="served", table="whole", output_lengths=(100,))
+        self.keep(reference / "h200x2", "whole", [(job, 0.1)])
+        kept = maveriq_record.record(figure, tmp_path / "some") / "table.csv"
+        shown = [(row["series"], row["layout"], row["latency_s"]) for row in tables.read(kept)]
+        assert shown[0] == ("llama_7b", "1,1", "10.0")
+        assert {(series, latency) for series, _, latency in shown[1:]} == {("llama_13b", "nan")}
+
     def test_what_is_shipped_agrees_with_the_benchmarks_it_is_from(self, tmp_path):
         from benchmarks import maveriq_record
 
-        for name in ("h200_precision", "h200_pipelines"):
-            folder = maveriq_record.record(maveriq_record.FIGURES / f"{name}.yaml", tmp_path)
-            kept = maveriq_record.ROOT / "reference" / "h200" / "maveriq" / name / "table.csv"
-            assert (folder / "table.csv").read_bytes() == kept.read_bytes()
+        figures = sorted(maveriq_record.FIGURES.glob("h200_*.yaml"))
+        assert len(figures) == 9
+        for figure in figures:
+            folder = maveriq_record.record(figure, tmp_path)
+            kept = tables.read(maveriq_record.ROOT / "reference" / "h200" / "maveriq" / figure.stem / "table.csv")
+            made = tables.read(folder / "table.csv")
+            assert len(made) == len(kept)
+            for new, old in zip(made, kept, strict=True):
+                assert {key: number(cell) for key, cell in new.items()} == {
+                    key: pytest.approx(number(cell), rel=1e-6, nan_ok=True) if isinstance(number(cell), float) else cell
+                    for key, cell in old.items()
+                }
 
     def test_int8_gains_a_quarter_at_one_row_and_loses_at_128(self):
         asked = {"file": "h200/benchmarks/quantised.json", "base": "model bf16", "entry": "model int8"}

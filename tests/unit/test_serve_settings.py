@@ -34,6 +34,21 @@ def test_a_file_and_options_that_override_it(tmp_path: Path) -> None:
     assert (config.port, config.max_num_seqs, config.random_weights) == (9001, 4, True)
 
 
+def test_layers_of_pipeline_stages(tmp_path: Path) -> None:
+    config = parse([*RANDOM, "--tensor-parallel-size", "2", "--pipeline-layers", "20,12"])
+    assert (config.pipeline_layers, config.stages, config.ranks) == ((20, 12), 2, 4)
+    file = tmp_path / "serve.yaml"
+    file.write_text("model: tiny\nrandom_weights: true\npipeline_layers: [3, 2, 1]\n")
+    assert parse(["--config", str(file)]).ranks == 3
+    assert parse([*RANDOM, "--pipeline-parallel-size", "3"]).stages == 3
+    assert parse([*RANDOM, "--pipeline-parallel-size", "2", "--pipeline-layers", "20,12"]).stages == 2
+    for wrong in ("", "20,", "20,0", "20,x", "1.5"):
+        with pytest.raises(InputError, match="pipeline_layers"):
+            parse([*RANDOM, "--pipeline-layers", wrong])
+    with pytest.raises(InputError, match="names 2 groups: leave one of the two out"):
+        parse([*RANDOM, "--pipeline-parallel-size", "3", "--pipeline-layers", "20,12"])
+
+
 def test_adapters_by_name(tmp_path: Path) -> None:
     for name in ("a", "b=c"):
         (tmp_path / name).mkdir()

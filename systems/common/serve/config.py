@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from systems.common.engine.config import POLICIES
 from systems.common.errors import InputError
 from systems.common.models import model
 
 Count = Annotated[int, Field(ge=1)]
+Counts = Annotated[
+    tuple[Count, ...], Field(min_length=1), BeforeValidator(lambda given: given.split(",") if isinstance(given, str) else given)
+]
+"""Whole numbers above 0: a list in a file, with commas between them on the command line."""
 
 
 class ServeConfig(BaseModel):
@@ -35,8 +39,16 @@ class ServeConfig(BaseModel):
         "auto", description="number format (auto: the shape's; fp32 on a CPU)"
     )
     quantization: Literal["int8", "int4"] | None = Field(None, description="weight-only, of the layers' matrices")
+    kv_dtype: Literal["auto", "int8"] = Field("auto", description="keys and values in the model's format, or int8 with scales")
+    attention_backend: Literal["auto", "triton", "flashinfer", "sdpa"] = Field("auto", description="what computes attention")
+    quantized_backend: Literal["auto", "triton", "torchao"] = Field(
+        "auto", description="what computes products with quantised weights"
+    )
     tensor_parallel_size: Count = Field(1, description="GPUs that share every layer")
     pipeline_parallel_size: Count = Field(1, description="groups of such GPUs, one after another")
+    pipeline_layers: Counts | None = Field(
+        None, description="decoder layers of each group, as 20,12 (default: as even as they go)"
+    )
     host: str = Field("127.0.0.1", description="address to listen on")
     port: Annotated[int, Field(ge=0, le=65535)] = Field(0, description="port; 0: a free one, printed")
     max_num_seqs: Count = Field(256, description="most sequences that run at once")
@@ -60,7 +72,12 @@ class ServeConfig(BaseModel):
     @property
     def ranks(self) -> int:
         """GPUs (or, on a CPU, processes) that hold the model."""
-        return self.tensor_parallel_size * self.pipeline_parallel_size
+        return self.tensor_parallel_size * self.stages
+
+    @property
+    def stages(self) -> int:
+        """Pipeline stages."""
+        return len(self.pipeline_layers) if self.pipeline_layers is not None else self.pipeline_parallel_size
 
     @property
     def name(self) -> str:
@@ -135,6 +152,9 @@ def _check(config: ServeConfig) -> None:
             raise InputError(
                 "serve", f"adapter {name}", str(folder), "holds no adapter_config.json: name a peft adapter's folder"
             )
+    if config.pipeline_layers is not None and config.pipeline_parallel_size not in (1, config.stages):
+        mend = f"pipeline_layers names {config.stages} groups: leave one of the two out"
+        raise InputError("serve", "pipeline_parallel_size", config.pipeline_parallel_size, mend)
     if config.gguf is not None and config.ranks > 1:
         raise InputError("serve", "gguf", str(config.gguf), "several GPUs read safetensors only: use one, or --weights")
     if config.policy not in POLICIES:

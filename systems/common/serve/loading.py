@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from systems.common.engine.engine import Engine
 from systems.common.errors import InputError
 from systems.common.models import ModelShape, model
 from systems.common.serve.config import ServeConfig
+from systems.common.torch_engine.cache import token_bytes
 from systems.common.torch_engine.drivers import Live
 from systems.common.torch_engine.executor import fitting_blocks
 from systems.common.torch_engine.lora import ATTENTION_SITES, MODULES, Adapter
@@ -32,12 +34,18 @@ CPU_CACHE_BYTES = 1 << 28
 DTYPE_NAMES = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 
 
-@contextmanager
-def engine(config: ServeConfig) -> Iterator[Live]:
-    """The engine, warm, with its adapters, and its other ranks for as long as it is used.
+@dataclass(frozen=True, slots=True)
+class Given:
+    """What an engine is to run: the model's shape in its number format, its numbers, the device, the longest context."""
 
-    Raises InputError for what is missing, broken, or does not fit together.
-    """
+    shape: ModelShape
+    numerics: Numerics
+    device: str
+    most: int
+
+
+def resolve(config: ServeConfig) -> Given:
+    """What `config` means on this machine. Raises InputError."""
     device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     if device == "cuda" and not torch.cuda.is_available():
         raise InputError("serve", "device", "cuda", "PyTorch finds no GPU: use --device cpu")
@@ -46,10 +54,20 @@ def engine(config: ServeConfig) -> Iterator[Live]:
     most = config.max_model_len or min(longest, LONGEST)
     if most > longest:
         raise InputError("serve", "max_model_len", most, f"the model's positions end at {longest}: lower it")
+    return Given(shape, given, device, most)
+
+
+@contextmanager
+def engine(config: ServeConfig) -> Iterator[Live]:
+    """The engine, warm, with its adapters, and its other ranks for as long as it is used.
+
+    Raises InputError for what is missing, broken, or does not fit together.
+    """
+    given = resolve(config)
     adapters = {name: read_adapter(folder) for name, folder in config.adapter.items()}
     room = _room(config, adapters)
     try:
-        live = _live(config, shape, given, device, most, room)
+        live = _live(config, given.shape, given.numerics, given.device, given.most, room)
     except torch.OutOfMemoryError as error:
         mend = "lower gpu_memory_utilization, kv_blocks, max_num_seqs or max_num_batched_tokens, or take a smaller model"
         raise InputError("serve", "gpu memory", str(error).splitlines()[0], mend) from error
@@ -134,20 +152,24 @@ def _live(
             config.policy,
             max_num_batched_tokens=config.max_num_batched_tokens,
             max_num_seqs=config.max_num_seqs,
+            kv_dtype=config.kv_dtype,
         )
 
-    on_cpu = max(1, min(config.max_num_seqs * -(-most // 16), CPU_CACHE_BYTES // (shape.kv_bytes_per_token * 16)))
+    backends: dict[str, Any] = {"backend": config.attention_backend, "quantised": config.quantized_backend}
+    split = layout(shape, config.tensor_parallel_size, config.stages, config.pipeline_layers)
+    on_cpu = max(1, min(config.max_num_seqs * -(-most // 16), CPU_CACHE_BYTES // (token_bytes(shape, config.kv_dtype) * 16)))
+    known = config.kv_blocks is not None or device == "cpu"
     if config.ranks == 1:
-        weights = _weights(config, shape, device)
-        known = config.kv_blocks is not None or device == "cpu"
-        blocks = on_cpu if known else fitting_blocks(shape, config.gpu_memory_utilization, config.max_num_batched_tokens)
-        return Live.build(shape, weights, limits(blocks), max_tokens=most, given=given, adapters=room)
-    split = layout(shape, config.tensor_parallel_size, config.pipeline_parallel_size)
+        weights = read_weights(config, shape, device)
+        if device == "cuda":
+            torch.cuda.empty_cache()  # what loading left, for who else is on the GPU
+        share, tokens = config.gpu_memory_utilization, config.max_num_batched_tokens
+        blocks = on_cpu if known else fitting_blocks(shape, share, tokens, kv_dtype=config.kv_dtype)
+        return Live.build(shape, weights, limits(blocks), max_tokens=most, given=given, adapters=room, **backends)
     executor = start(
-        shape, split, limits if device == "cuda" else limits(on_cpu), seed=config.seed, dtype=config.quantization,
-        device=device,
+        shape, split, limits(on_cpu) if known else limits, seed=config.seed, dtype=config.quantization, device=device,
         folder=str(config.weights) if config.weights is not None else None, given=given, max_tokens=most, adapters=room,
-        utilisation=config.gpu_memory_utilization,
+        utilisation=config.gpu_memory_utilization, **backends,
     )  # fmt: skip
     live = Live(Engine(executor.config, executor), executor)
     executor.attach(live.engine)
@@ -259,7 +281,8 @@ def _count(values: Mapping[str, Any], key: str, where: Path, default: int | None
     return int(value)
 
 
-def _weights(config: ServeConfig, shape: ModelShape, device: str) -> Weights:
+def read_weights(config: ServeConfig, shape: ModelShape, device: str) -> Weights:
+    """The model's weights, from where `config` says. Raises InputError."""
     if config.weights is not None:
         return load_safetensors(shape, config.weights, device, dtype=config.quantization)
     if config.gguf is None:

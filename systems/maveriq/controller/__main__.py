@@ -4,7 +4,8 @@
 
 reads commands from the terminal or a pipe (`help` lists them), or serves HTTP with `--http`. GPUs are real, seen through
 `nvidia-smi`, unless `--gpu-total-gib` makes them virtual: budgets as bookkeeping. Engines are `python -m systems.common.serve`
-processes with random weights of the shape `--engine-shape`, or whatever `--engine-command` starts.
+processes over as many GPUs as decided, with random weights of the shape `--engine-shape`, those under `--engine-weights`, or
+whatever `--engine-command` starts.
 
 Exit status: 0; 1 when a command from a pipe failed or was refused; 2 for bad input, one line on stderr.
 """
@@ -26,7 +27,8 @@ from typing import Any
 from systems.common.errors import InputError
 from systems.maveriq.controller.core import Core, Deployment
 from systems.maveriq.controller.driver import Controller
-from systems.maveriq.controller.engines import REQUEST_S, Argv, check_argv, serve_argv
+from systems.maveriq.controller.engines import REQUEST_S, check_argv
+from systems.maveriq.controller.launch import Launch, Launcher, serving
 from systems.maveriq.controller.library import Library
 from systems.maveriq.controller.memory import Budgets, Memory, Nvml
 from systems.maveriq.controller.profiling import PROFILER, Profiler
@@ -111,15 +113,15 @@ def _memory(args: argparse.Namespace) -> Memory:
     return Budgets((args.gpu_total_gib,) * args.gpus, (args.gpu_used_gib,) * args.gpus, devices)
 
 
-def _engine(args: argparse.Namespace) -> Argv:
+def _engine(args: argparse.Namespace) -> Launcher:
     if args.engine_command is None:
-        return serve_argv(args.engine_shape, shlex.split(args.engine_options))
+        return serving(args.engine_shape, shlex.split(args.engine_options), args.engine_weights, args.one_rank)
     command = check_argv(shlex.split(args.engine_command))
 
-    def argv(deployment: Deployment) -> Sequence[str]:
-        return (*command, deployment.decision.wish.model)
+    def launch(deployment: Deployment, devices: Sequence[int]) -> Launch:
+        return Launch((*command, deployment.decision.wish.model), tuple(dict.fromkeys(devices)))
 
-    return argv
+    return launch
 
 
 class _OneLine(argparse.ArgumentParser):
@@ -146,6 +148,8 @@ def _arguments() -> argparse.ArgumentParser:
         help="real devices behind virtual GPUs",
     )
     add("--engine-shape", default="tiny", help="shape that engines run; `model` for the deployment's own (default: tiny)")
+    add("--engine-weights", type=Path, help="folder with a folder of safetensors for each model, instead of random weights")
+    add("--one-rank", action="store_true", help="run every engine in one process, whatever layout was decided")
     add("--engine-options", default="", help="further options of `python -m systems.common.serve`, quoted as one")
     add("--engine-command", help="another command for engines; the model's name is put behind it")
     add("--profiles", type=Path, default=Path("maveriq_profiles"), help="folder for what `register` measures (%(default)s)")

@@ -16,7 +16,8 @@ from typing import Any
 
 from systems.common.errors import InputError
 from systems.maveriq.controller.core import Core, Death, Deployment, Ticket
-from systems.maveriq.controller.engines import REQUEST_S, Argv, Engine, EngineDiedError, RequestFailedError, start
+from systems.maveriq.controller.engines import REQUEST_S, Engine, EngineDiedError, RequestFailedError, start
+from systems.maveriq.controller.launch import Launcher
 from systems.maveriq.controller.library import Library
 from systems.maveriq.controller.memory import Memory, Nvml
 from systems.maveriq.controller.profiling import Profiler
@@ -44,13 +45,14 @@ class Controller:
 
     core: Core
     memory: Memory
-    argv: Argv
+    launcher: Launcher
     library: Library
     timeout_s: float = REQUEST_S
     profiler: Profiler | None = None
     records: list[Answer] = field(default_factory=list)
     _engines: dict[str, Engine] = field(default_factory=dict)
     _loads: dict[str, asyncio.Task[None]] = field(default_factory=dict)
+    _ending: dict[str, asyncio.Task[None]] = field(default_factory=dict)
     _tasks: set[asyncio.Task[Any]] = field(default_factory=set)
     _asked: dict[int, tuple[float, asyncio.Future[Answer]]] = field(default_factory=dict)
     _served: dict[int, deque[tuple[float, float]]] = field(default_factory=dict)
@@ -110,6 +112,8 @@ class Controller:
         engine = self._engines.pop(name, None)
         if engine is not None:
             await engine.end()
+        if name in self._ending:  # the one before, which died
+            await asyncio.shield(self._ending[name])
         self.memory.release(name)
         self._pump()
         return len(lost)
@@ -151,7 +155,7 @@ class Controller:
                 "best_effort": one.decision.best_effort,
                 "waiting": waiting.get(name, 0),
                 "running": running.get(name),
-                "pid": self._engines[name].pid if name in self._engines else None,
+                **_told(self._engines.get(name)),
             }
             for name, one in self.core.deployments.items()
         ]
@@ -161,6 +165,7 @@ class Controller:
         if self.profiler is not None:
             await self.profiler.close()
         await asyncio.gather(*(self.remove(name) for name in list(self.core.deployments)), return_exceptions=True)
+        await asyncio.gather(*self._ending.values(), return_exceptions=True)
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -168,10 +173,12 @@ class Controller:
         self._engines.clear()
 
     async def _load(self, name: str) -> None:
-        """Start the engine of `name`, as often as the core says."""
+        """Start the engine of `name`, as often as the core says; not before the one that died has given its memory back."""
+        if name in self._ending:
+            await asyncio.shield(self._ending[name])
         while (one := self.core.deployments.get(name)) is not None:
             try:
-                engine = await start(one, self.argv, self.memory.devices(one.gpus))
+                engine = await start(self.launcher(one, self.memory.devices(one.gpus)))
             except EngineDiedError as error:
                 if not self._after(name, self.core.died(name, f"engine of {name}: {error}")):
                     return
@@ -193,9 +200,15 @@ class Controller:
         if self._engines.get(name) is not engine:
             return  # removed, or known already
         del self._engines[name]
-        self._keep(engine.end())
+        self._ending[name] = asyncio.create_task(self._bury(name, engine))
         if self._after(name, self.core.died(name, reason)):
             self._loads[name] = asyncio.create_task(self._load(name))
+
+    async def _bury(self, name: str, engine: Engine) -> None:
+        try:
+            await engine.end()
+        finally:
+            del self._ending[name]
 
     def _after(self, name: str, death: Death) -> bool:
         """Tell those who have failed; whether the engine is to be started again."""
@@ -246,3 +259,15 @@ class Controller:
         task = asyncio.ensure_future(work)
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
+
+
+def _told(engine: Engine | None) -> dict[str, Any]:
+    """An engine, for `status`: its process, the real devices of its ranks, how long it loaded, what is not as decided."""
+    if engine is None:
+        return {"pid": None, "devices": [], "load_s": None, "differs": []}
+    return {
+        "pid": engine.pid,
+        "devices": list(engine.launch.devices),
+        "load_s": engine.load_s,
+        "differs": list(engine.launch.differs),
+    }

@@ -1,8 +1,9 @@
 """Engines: one process per deployment, spoken to over HTTP, and ended by whoever started it.
 
 A process announces itself on stdout with one JSON line that holds its `port`, then one with `"ready": true`, as
-`python -m systems.common.serve` does. It runs in a process group of its own, gets SIGTERM and then SIGKILL, and SIGTERM from
-the kernel when the controller itself is killed.
+`python -m systems.common.serve` does. It runs in a session of its own, gets SIGTERM and then SIGKILL, and SIGTERM from the
+kernel when the controller itself is killed. Its ranks on further GPUs are of the same session: an engine has ended when all
+of them have, and only then is its memory free.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ import json
 import os
 import signal
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from systems.common.errors import InputError
-from systems.maveriq.controller.core import Deployment
+from systems.maveriq.controller.launch import Launch
 
 END_S = 10.0
 """How long an engine may take to end before it is killed."""
@@ -35,35 +38,27 @@ class RequestFailedError(Exception):
     """The engine is well and refused this request. Its text says why."""
 
 
-Argv = Callable[[Deployment], Sequence[str]]
-"""The command that serves a deployment."""
-
-
-def serve_argv(shape: str, options: Sequence[str] = ()) -> Argv:
-    """`python -m systems.common.serve` with random weights; a `shape` of `model` is the deployment's own model."""
-
-    def argv(deployment: Deployment) -> Sequence[str]:
-        name = deployment.decision.wish.model if shape == "model" else shape
-        return (sys.executable, "-m", "systems.common.serve", "--model", name, "--random-weights", "--port", "0", *options)
-
-    return argv
-
-
 @dataclass
 class Engine:
-    """A running engine process. `ended` is set once it has ended, whoever ended it."""
+    """A running engine process. `ended` is set once it has ended, whoever ended it; `load_s` is how long it took to serve."""
 
     process: asyncio.subprocess.Process
+    launch: Launch
     port: int
     model: str
     ended: asyncio.Event
     said: list[str]
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
+    load_s: float = 0.0
 
     @property
     def pid(self) -> int:
-        """Of the process; also its group."""
+        """Of the process; also its group and its session."""
         return self.process.pid
+
+    def processes(self) -> list[int]:
+        """Ids of all its processes: server, engine, ranks (Linux)."""
+        return session(self.pid)
 
     async def complete(self, text: str, tokens: int, timeout_s: float = REQUEST_S) -> str:
         """The answer to `text`, `tokens` tokens long.
@@ -79,6 +74,8 @@ class Engine:
             raise EngineDiedError(f"no answer in {timeout_s:g} s") from error
         except (OSError, asyncio.IncompleteReadError, ValueError) as error:
             raise EngineDiedError(self._how(error)) from error
+        if status == 500 and _code(answer) == "engine_died":  # a rank, say: the server is about to end
+            raise EngineDiedError(_message(answer))
         if status != 200:
             raise RequestFailedError(f"HTTP {status}: {_message(answer)}")
         try:
@@ -93,7 +90,7 @@ class Engine:
         return f"{how}: {last}" if last else how
 
     async def end(self) -> None:
-        """End the process and everything it started; returns when it has ended."""
+        """End the process and everything it started; returns when all have ended."""
         for number, patience_s in ((signal.SIGTERM, END_S), (signal.SIGKILL, END_S)):
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.pid, number)
@@ -102,13 +99,30 @@ class Engine:
                 break
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)  # what the engine itself has left
+        limit = time.monotonic() + END_S
+        while (left := self.processes()) and time.monotonic() < limit:  # ranks have groups of their own
+            for pid in left:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            await asyncio.sleep(0.02)
         for task in self.tasks:
             task.cancel()
 
 
-async def start(deployment: Deployment, argv: Argv, devices: Sequence[int], start_s: float = 600.0) -> Engine:
-    """Start the engine of `deployment` on real `devices`; returns when it serves. Raises EngineDiedError when it does not."""
-    command = list(argv(deployment))
+def session(leader: int) -> list[int]:
+    """Ids of the processes in the session of `leader` that have not ended; none where there is no /proc."""
+    found = []
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError, IndexError):  # it has ended meanwhile
+            state, _, _, of, *_ = file.read_text().rpartition(") ")[2].split()
+            if int(of) == leader and state != "Z":
+                found.append(int(file.parent.name))
+    return found
+
+
+async def start(launch: Launch, start_s: float = 600.0) -> Engine:
+    """Start an engine; returns when it serves. Raises EngineDiedError when it does not."""
+    begun, command = time.monotonic(), launch.argv
     try:
         process = await asyncio.create_subprocess_exec(
             *command,
@@ -116,12 +130,12 @@ async def start(deployment: Deployment, argv: Argv, devices: Sequence[int], star
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
             start_new_session=True,
-            env={**os.environ, **_visible(devices)},
+            env={**ALLOCATOR, **os.environ, **_visible(launch.devices)},
             preexec_fn=end_with_parent,
         )
     except OSError as error:
         raise EngineDiedError(f"{command[0]} can't be started: {error}") from error
-    engine = Engine(process, 0, "", asyncio.Event(), [])
+    engine = Engine(process, launch, 0, "", asyncio.Event(), [])
     engine.tasks = [asyncio.create_task(_watch(engine)), asyncio.create_task(_collect(process.stderr, engine.said))]
     try:
         await asyncio.wait_for(_greeted(engine), start_s)
@@ -131,11 +145,17 @@ async def start(deployment: Deployment, argv: Argv, devices: Sequence[int], star
             last = f": {engine.said[-1]}" if engine.said else ""
             raise EngineDiedError(f"did not start ({type(error).__name__}, exit {process.returncode}){last}") from error
         raise
+    engine.load_s = time.monotonic() - begun
     return engine
 
 
 def _visible(devices: Sequence[int]) -> Mapping[str, str]:
-    return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, devices))} if devices else {}
+    """Rank r sees them all and takes the r-th; numbers as nvidia-smi gives them."""
+    return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, devices)), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"} if devices else {}
+
+
+ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+"""As the profiler's engines, whose memory decisions rest on: in steps of 2 MiB, so that little lies idle."""
 
 
 async def _greeted(engine: Engine) -> None:
@@ -198,6 +218,11 @@ async def _post(port: int, path: str, body: Mapping[str, object]) -> tuple[int, 
         writer.close()
         with contextlib.suppress(OSError):
             await writer.wait_closed()
+
+
+def _code(answer: Mapping[str, object]) -> str:
+    error = answer.get("error")
+    return str(error.get("code")) if isinstance(error, Mapping) else ""
 
 
 def _message(answer: Mapping[str, object]) -> str:

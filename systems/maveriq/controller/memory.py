@@ -32,7 +32,7 @@ class Memory(Protocol):
         """It is gone."""
 
     def devices(self, gpus: Sequence[int]) -> tuple[int, ...]:
-        """The real devices behind these GPUs, each once; none on a CPU."""
+        """The real device behind each of these GPUs, in their order; none on a CPU."""
 
 
 @dataclass
@@ -62,7 +62,7 @@ class Budgets:
 
     def devices(self, gpus: Sequence[int]) -> tuple[int, ...]:
         """Real devices."""
-        return tuple(dict.fromkeys(self.device[gpu] for gpu in gpus)) if self.device else ()
+        return tuple(self.device[gpu] for gpu in gpus) if self.device else ()
 
 
 @dataclass
@@ -101,7 +101,7 @@ class Nvml:
 
     def devices(self, gpus: Sequence[int]) -> tuple[int, ...]:
         """They are the devices."""
-        return tuple(dict.fromkeys(gpus))
+        return tuple(gpus)
 
     def processes_gib(self) -> Mapping[int, float]:
         """GiB of GPU memory by process id, over all GPUs."""

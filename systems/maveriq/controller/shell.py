@@ -86,7 +86,8 @@ class Shell(cmd.Cmd):
             c = one["configuration"]
             kv = ", int8 KV" if c["int8_kv"] else ""
             layout = f"TP {c['tp']} PP {c['pp']} {c['dtype']}{kv}, layers {one['pp_map']}, GPUs {one['gpus']}"
-            self._say(f"{one['id']}: {one['model']} {one['state']}, {layout}, {one['waiting']} waiting")
+            line = f"{one['id']}: {one['model']} {one['state']}, {layout}, {one['waiting']} waiting"
+            self._say("; ".join([line, *one["differs"]]))
 
     async def _status(self) -> list[dict[str, Any]]:
         return self._controller.status()

@@ -1,17 +1,17 @@
-"""Several models on one GPU for real: the controller, its queues, loads and removals under traffic, deaths, memory by NVML.
+"""Several models on one or two GPUs for real: the controller, its queues, loads and removals under traffic, deaths, memory.
 
-    python -m systems.maveriq.controller.trial --fingerprints FILE.csv --out FILE.json [--device cuda] [--shapes A,B,C]
+    python -m systems.maveriq.controller.trial --fingerprints FILE.csv ... --out FILE.json [--gpus 2] [--limit-s 100]
 
-The node is virtual (four GPUs as budgets) on one real device; models go to different virtual GPUs, so their requests may run at
-once. Every section is tried; one that fails leaves its error in the file and the others go on. On a CPU use
-`--device cpu --shapes tiny`.
+The same engines serve all sections; `trial_node` says which models come. FILE.json is written after each section. A section
+that fails leaves its error there and the others go on; what the limit leaves out is named. On a CPU (`--device cpu`, with
+`--engine-shape tiny`) it is the procedure, not a measurement.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import itertools
+import datetime
 import json
 import os
 import random
@@ -20,218 +20,353 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from systems.common.errors import InputError
-from systems.maveriq.controller.core import Core, Deployment
+from systems.maveriq.configuration import known_models
+from systems.maveriq.controller.core import Core
 from systems.maveriq.controller.driver import Answer, Controller
+from systems.maveriq.controller.engines import session
+from systems.maveriq.controller.launch import PROMPT_TOKENS, Launcher, serving
 from systems.maveriq.controller.library import Library
-from systems.maveriq.controller.memory import Budgets, Nvml
+from systems.maveriq.controller.memory import Nvml
 from systems.maveriq.controller.queues import QUEUES
-from systems.maveriq.search import Refusal, Wish
+from systems.maveriq.controller.trial_node import NODES, Node, Tenant
+from systems.maveriq.files import write
+from systems.maveriq.models import load_support
+from systems.maveriq.profile import tables
+from systems.maveriq.profile.judge import together
+from systems.maveriq.profile.memory import gpus_used, grown_gib
+from systems.maveriq.search import Refusal
 
-MODELS = ("llama-2-7b", "llama-2-13b", "gptj-6b")
-PROMPT = "What does a controller for language models have to know about memory? "
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """What a run is about. `shapes[i]` is the engine's shape for the i-th model."""
-
-    library: Library
-    shapes: tuple[str, ...]
-    device: str
-    kv_blocks: int
-    requests: int
-    rate_rps: float
-    tokens: int
-
-    def controller(self, queue: str) -> Controller:
-        """A controller of four virtual GPUs on the one device."""
-
-        def argv(deployment: Deployment) -> Sequence[str]:
-            shape = self.shapes[MODELS.index(deployment.decision.wish.model) % len(self.shapes)]
-            return (
-                sys.executable, "-m", "systems.common.serve", "--model", shape, "--random-weights", "--port", "0",
-                "--device", self.device, "--kv-blocks", str(self.kv_blocks), "--max-model-len", "512", "--max-num-seqs", "8",
-            )  # fmt: skip
-
-        devices = (0, 0, 0, 0) if self.device == "cuda" else ()
-        memory = Budgets((47.98828,) * 4, (0.46527,) * 4, devices)
-        return Controller(Core(self.library.search(), QUEUES[queue]()), memory, argv, self.library)
-
-    def wish(self, model: str) -> Wish:
-        """One virtual GPU each, the emptiest."""
-        return Wish(model, "min_mem", output_length=self.tokens, strategy="none")
+PROMPT = "What does a controller for language models have to know about memory? " * 14
+LONE = 4
+"""Requests of each model alone on the node; the first is not counted."""
+LOAD = 0.7
+"""Share of the time that the busiest GPU is to work under the queues."""
+SECTION_S = {"load": 0.0, "queues": 16.0, "removal_under_traffic": 10.0, "death_under_traffic": 10.0, "unload": 0.0}
+"""Least time that must be left for a section to begin, seconds."""
 
 
-async def _deployed(node: Controller, setting: Setting) -> list[dict[str, Any]]:
-    """Deploy all models one after the other; how long each took."""
-    took = []
-    for place, model in enumerate(MODELS):
+@dataclass
+class Trial:
+    """A run: the node, its controller, and what the sections found. `traffic_s` is the length of each stretch of traffic."""
+
+    node: Node
+    controller: Controller
+    prompt_tokens: int
+    traffic_s: float
+    rate_rps: float | None
+    service_s: dict[str, float] = field(default_factory=dict)
+
+    # ---- sections
+
+    async def load(self) -> dict[str, Any]:
+        """All models come, one after the other; each is asked some requests while nobody else is."""
+        found = []
+        for tenant in self.node.tenants:
+            try:
+                found.append(await self._comes(tenant))
+            except InputError as error:
+                found.append({"name": tenant.name, "model": tenant.wish.model, "refusal": str(error)})
+            print(f"  {tenant.name}: {_line(found[-1])}", flush=True)
+        return {"tenants": found}
+
+    async def _comes(self, tenant: Tenant) -> dict[str, Any]:
+        before = await _used()
+        self._leave(tenant)
         begun = time.monotonic()
-        found = await node.deploy(f"m{place}", setting.wish(model))
-        if isinstance(found, Refusal):
-            raise RuntimeError(found.reason)
-        took.append({"model": model, "load_s": time.monotonic() - begun, "gpus": list(found.gpus)})
-    return took
+        deployed = await self.controller.deploy(tenant.name, tenant.wish)
+        deploy_s = time.monotonic() - begun
+        if isinstance(deployed, Refusal):
+            return {"name": tenant.name, "model": tenant.wish.model, "refusal": deployed.reason}
+        answers = [await self.controller.inference(tenant.name, self.prompt) for _ in range(LONE)]
+        failed = [answer.error for answer in answers if answer.error]
+        served = [answer.service_s for answer in answers[1:] if not answer.error]
+        self.service_s[tenant.name] = statistics.median(served) if served else 1.0
+        told, decision = self._status(tenant.name), deployed.decision
+        return {
+            "name": tenant.name, "model": tenant.wish.model, "intent": tenant.wish.intent,
+            "configuration": asdict(decision.configuration), "pp_map": list(decision.placement.pp_map),
+            "gpus": list(deployed.gpus), "devices": told["devices"], "differs": told["differs"],
+            "deploy_s": deploy_s, "load_s": told["load_s"], "service_s": served, "errors": failed,
+            "estimate": {key: _number(value) for key, value in asdict(decision.estimate).items() if key != "notes"},
+            "memory": await _grown(before), "processes": await _processes(told["pid"]),
+        }  # fmt: skip
+
+    def _leave(self, tenant: Tenant) -> None:
+        """What others leave on the node for `tenant`."""
+        memory = self.controller.memory
+        idle = self.node.budgets().idle_gib
+        memory.idle_gib = idle  # type: ignore[attr-defined]
+        if tenant.room is not None:
+            used = [gpu.used_gib - gib for gpu, gib in zip(memory.states(lambda _: 0.0), idle, strict=True)]
+            room = tenant.room(self.controller.core.search, tenant.wish)
+            free = zip(self.node.total_gib, used, room, strict=True)
+            memory.idle_gib = tuple(max(0.0, total - held - gib) for total, held, gib in free)  # type: ignore[attr-defined]
+
+    async def queues(self) -> dict[str, Any]:
+        """The same traffic under both queues."""
+        told: dict[str, Any] = {"rate_rps": self._rate()}
+        for queue in QUEUES:
+            self.controller.core.queue = QUEUES[queue]()  # nothing waits now
+            answers, refused = await self._traffic(seed=1)
+            told[queue] = {**_summary(answers), "refused": refused}
+            print(f"  {queue}: mean {told[queue].get('e2e_mean_s', float('nan')):.3f} s", flush=True)
+        return told
+
+    async def removal_under_traffic(self) -> dict[str, Any]:
+        """The last model leaves and comes back while requests arrive: who fails, and for how long."""
+        tenant = self.node.tenants[-1]
+        traffic = asyncio.create_task(self._traffic(seed=2))
+        await asyncio.sleep(self.traffic_s / 4)
+        begun = time.monotonic()
+        lost = await self.controller.remove(tenant.name)
+        removed_s = time.monotonic() - begun
+        self._leave(tenant)
+        back = await self.controller.deploy(tenant.name, tenant.wish)
+        back_s = time.monotonic() - begun
+        answers, refused = await traffic
+        others = [answer for answer in answers if answer.deployment != tenant.name]
+        return {
+            "who": tenant.name, "lost": lost, "removed_s": removed_s, "back_s": back_s, "back": not isinstance(back, Refusal),
+            "refused": refused, "all": _summary(answers), "others": _summary(others),
+        }  # fmt: skip
+
+    async def death_under_traffic(self) -> dict[str, Any]:
+        """A process of the first model's engine is killed while requests run: retried once, the others unharmed."""
+        tenant = self.node.tenants[0]
+        before, pid = await _used(), self._status(tenant.name)["pid"]
+        traffic = asyncio.create_task(self._traffic(seed=3))
+        await asyncio.sleep(self.traffic_s / 4)
+        limit = time.monotonic() + 5.0
+        while tenant.name not in self.controller.core.running() and time.monotonic() < limit:
+            await asyncio.sleep(0.001)
+        who, what = victim(pid)
+        mid_request = tenant.name in self.controller.core.running()
+        os.kill(who, signal.SIGKILL)
+        begun = time.monotonic()
+        again = await self.controller.inference(tenant.name, self.prompt)
+        back_s = time.monotonic() - begun
+        answers, _ = await traffic
+        others = [answer for answer in answers if answer.deployment != tenant.name]
+        return {
+            "who": tenant.name, "killed": what, "mid_request": mid_request, "back_s": back_s, "answer_error": again.error,
+            "retried": sum(answer.tries > 1 for answer in answers), "others_failed": sum(bool(a.error) for a in others),
+            "processes_left": len(session(pid)), "memory_after_restart": await _grown(before),
+            "all": _summary(answers), "others": _summary(others),
+        }  # fmt: skip
+
+    async def unload(self) -> dict[str, Any]:
+        """All models leave, one after the other: what each gives back."""
+        steps = []
+        for name in sorted(self.controller.core.deployments):
+            before, begun = await _used(), time.monotonic()
+            await self.controller.remove(name)
+            steps.append({"name": name, "removed_s": time.monotonic() - begun, "memory": await _grown(before)})
+        return {"steps": steps}
+
+    # ---- parts
+
+    @property
+    def prompt(self) -> str:
+        """A prompt of `prompt_tokens` tokens: the stand-in tokenizer reads one per byte."""
+        return PROMPT[: self.prompt_tokens]
+
+    def _status(self, name: str) -> dict[str, Any]:
+        return next(one for one in self.controller.status() if one["id"] == name)
+
+    def _rate(self) -> float:
+        """Requests per second of all models together at which the busiest device works `LOAD` of the time."""
+        names = [name for name in self.controller.core.deployments if name in self.service_s]
+        if not names:
+            raise InputError("trial", "traffic", None, "no model has been deployed: see section load")
+        if self.rate_rps is not None:
+            return self.rate_rps
+        busy: dict[int, float] = {}
+        for name in names:
+            gpus = self.controller.core.deployments[name].gpus
+            for device in set(self.controller.memory.devices(gpus) or gpus):
+                busy[device] = busy.get(device, 0.0) + self.service_s[name]
+        return LOAD * len(names) / max(busy.values())
+
+    async def _traffic(self, seed: int) -> tuple[list[Answer], int]:
+        """Poisson requests for all models alike; the answers, and how many found nobody."""
+        pick, futures, refused = random.Random(seed), [], 0
+        names, rate, at_s = sorted(tenant.name for tenant in self.node.tenants), self._rate(), 0.0
+        begun = time.monotonic()
+        while (at_s := at_s + pick.expovariate(rate)) < self.traffic_s:
+            name = pick.choice(names)
+            await asyncio.sleep(max(0.0, begun + at_s - time.monotonic()))
+            try:
+                futures.append(self.controller.submit(name, self.prompt)[1])
+            except InputError:
+                refused += 1
+        return list(await asyncio.gather(*futures)), refused
 
 
-async def _traffic(node: Controller, setting: Setting, seed: int) -> list[Answer]:
-    """Poisson requests for all models alike."""
-    pick, futures = random.Random(seed), []
-    for _ in range(setting.requests):
-        await asyncio.sleep(pick.expovariate(setting.rate_rps))
-        name = pick.choice(sorted(node.core.deployments))
-        futures.append(node.submit(name, PROMPT)[1])
-    return list(await asyncio.gather(*futures))
+def victim(pid: int) -> tuple[int, str]:
+    """The process of an engine to kill: its last rank, else the one that holds the model, else itself."""
+    words = {one: _command(one) for one in session(pid)}
+    for what in ("parallel.rank", "spawn_main"):
+        if found := [one for one in words if what in words[one]]:
+            return max(found), what
+    return pid, "server"
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""
 
 
 def _summary(answers: Sequence[Answer]) -> dict[str, Any]:
     good = [answer for answer in answers if not answer.error]
-    if not good:
-        return {"requests": len(answers), "answered": 0, "errors": sorted({answer.error for answer in answers})}
-    return {
-        "requests": len(answers),
-        "answered": len(good),
-        "e2e_p50_s": statistics.median(answer.e2e_s for answer in good),
-        "e2e_mean_s": statistics.fmean(answer.e2e_s for answer in good),
-        "service_mean_s": statistics.fmean(answer.service_s for answer in good),
-        "errors": sorted({answer.error for answer in answers if answer.error}),
-    }
-
-
-async def queues(setting: Setting) -> dict[str, Any]:
-    """The same traffic under both queues."""
-    told: dict[str, Any] = {}
-    for queue in QUEUES:
-        async with setting.controller(queue) as node:
-            loads = await _deployed(node, setting)
-            told[queue] = {"loads": loads, **_summary(await _traffic(node, setting, seed=1))}
+    told: dict[str, Any] = {"requests": len(answers), "answered": len(good)}
+    told["errors"] = sorted({answer.error for answer in answers if answer.error})
+    if good:
+        times = sorted(answer.e2e_s for answer in good)
+        told |= {f"e2e_p{share}_s": times[min(len(times) - 1, len(times) * share // 100)] for share in (50, 95)}
+        told["e2e_mean_s"] = statistics.fmean(times)
+        told["service_mean_s"] = statistics.fmean(answer.service_s for answer in good)
     return told
 
 
-async def memory(setting: Setting) -> dict[str, Any]:
-    """GPU memory of every engine's processes as models come and go, by NVML."""
-    steps = []
-    async with setting.controller("per_model") as node:
-        for place, model in enumerate(MODELS):
-            await node.deploy(f"m{place}", setting.wish(model))
-            await node.inference(f"m{place}", PROMPT)
-            steps.append(await _held(node, f"{model} loaded"))
-        for name in sorted(node.core.deployments):
-            await node.remove(name)
-            steps.append(await _held(node, f"{name} removed"))
-    return {"steps": steps}
-
-
-async def _held(node: Controller, what: str) -> dict[str, Any]:
-    pids = {one["id"]: one["pid"] for one in node.status()}
-    found = await asyncio.to_thread(Nvml().processes_gib)
-    groups = {pid: _group(pid) for pid in found}
-    return {
-        "what": what,
-        "gib": {name: sum(gib for pid, gib in found.items() if groups[pid] == main) for name, main in pids.items()},
-        "all_processes_gib": sum(found.values()),
-    }
-
-
-def _group(pid: int) -> int:
+async def _used() -> Mapping[str, int] | None:
+    """Bytes in use on every GPU; None where there is none."""
     try:
-        return os.getpgid(pid)
-    except ProcessLookupError:
-        return -1
+        return (await asyncio.to_thread(gpus_used))[0]
+    except InputError:
+        return None
 
 
-async def removal_under_traffic(setting: Setting) -> dict[str, Any]:
-    """One model leaves and comes back while requests arrive: who fails, and for how long."""
-    async with setting.controller("per_model") as node:
-        await _deployed(node, setting)
-        traffic = asyncio.create_task(_traffic(node, setting, seed=2))
-        await asyncio.sleep(setting.requests / setting.rate_rps / 3)
-        lost = await node.remove("m0")
-        begun = time.monotonic()
-        await node.deploy("m0", setting.wish(MODELS[0]))
-        back_s = time.monotonic() - begun
-        return {"lost": lost, "back_s": back_s, **_summary(await traffic)}
+async def _grown(before: Mapping[str, int] | None) -> dict[str, Any]:
+    """GiB by which use has grown since, in all and by GPU."""
+    now = await _used()
+    if before is None or now is None:
+        return {"gib": None, "by_gpu": [], "how": "no GPU memory here"}
+    by_gpu = [grown_gib(before, now, [name]) for name in now]
+    return {"gib": sum(by_gpu), "by_gpu": by_gpu, "how": "NVML: in use on all GPUs, less what was before"}
 
 
-async def death_under_traffic(setting: Setting) -> dict[str, Any]:
-    """An engine is killed while requests run: retried once, the others unharmed."""
-    async with setting.controller("per_model") as node:
-        await _deployed(node, setting)
-        traffic = asyncio.create_task(_traffic(node, setting, seed=3))
-        await asyncio.sleep(setting.requests / setting.rate_rps / 3)
-        victim = next(one for one in node.status() if one["id"] == "m0")
-        os.killpg(victim["pid"], signal.SIGKILL)
-        answers = await traffic
-        others = [answer for answer in answers if answer.deployment != "m0"]
-        retried = sum(answer.tries > 1 for answer in answers)
-        return {**_summary(answers), "retried": retried, "others_failed": sum(bool(answer.error) for answer in others)}
+async def _processes(pid: int | None) -> dict[str, Any]:
+    """GiB of each process of an engine, by NVML; where it names processes as another namespace does, none of them is ours."""
+    try:
+        found = await asyncio.to_thread(Nvml().processes_gib)
+    except InputError as error:
+        return {"error": str(error)}
+    ours = {} if pid is None else {one: found[one] for one in session(pid) if one in found}
+    return {"gib": sum(ours.values()) if ours else None, "by_process": list(ours.values()), "seen": len(found)}
 
 
-SECTIONS: dict[str, Callable[[Setting], Awaitable[dict[str, Any]]]] = {
-    "queues": queues,
-    "memory": memory,
-    "removal_under_traffic": removal_under_traffic,
-    "death_under_traffic": death_under_traffic,
-}
+def _number(value: object) -> object:
+    return None if isinstance(value, float) and value != value else value
+
+
+def _line(one: Mapping[str, Any]) -> str:
+    if "refusal" in one:
+        return f"refused: {one['refusal']}"
+    c, gib = one["configuration"], one["memory"]["gib"]
+    held = "" if gib is None else f", {gib:.2f} GiB (estimate {one['estimate']['memory_gib']:.2f})"
+    served = f"{statistics.median(one['service_s']):.3f} s" if one["service_s"] else f"failed: {one['errors']}"
+    return f"TP {c['tp']} {c['dtype']} layers {one['pp_map']}, loaded in {one['load_s']:.1f} s, served in {served}{held}"
+
+
+# ---- the command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run all sections; 0 when none failed, 1 otherwise, 2 for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m systems.maveriq.controller.trial", description=__doc__)
-    parser.add_argument("--fingerprints", type=Path, required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--shapes", default="llama-2-7b,opt-6.7b,qwen2-0.5b")
-    parser.add_argument("--kv-blocks", type=int, default=512)
-    parser.add_argument("--requests", type=int, default=120)
-    parser.add_argument("--rate-rps", type=float, default=6.0)
-    parser.add_argument("--tokens", type=int, default=20)
-    parser.add_argument("--sections", default=",".join(SECTIONS))
-    args = parser.parse_args(argv)
+    """Run all sections; 0 when none failed or was left out, 1 otherwise, 2 for bad input."""
+    args = _arguments().parse_args(argv)
     try:
-        library = Library.read(args.fingerprints)
-        unknown = sorted(set(args.sections.split(",")) - set(SECTIONS))
+        unknown = sorted(set(args.sections.split(",")) - set(SECTION_S))
         if unknown:
-            raise InputError("command line", "--sections", ",".join(unknown), f"use some of {', '.join(SECTIONS)}")
+            raise InputError("command line", "--sections", ",".join(unknown), f"use some of {', '.join(SECTION_S)}")
+        facts = {**known_models(), **(known_models(args.models_file) if args.models_file else {})}
+        library = Library(together(args.fingerprints), args.mode, facts, load_support(args.models_file))
+        options = ("--device", args.device, *args.engine_options.split())
+        launcher = serving(args.engine_shape, options, one_rank=args.one_rank)
+        told = asyncio.run(_run(args, library, launcher))
     except InputError as error:
         print(error, file=sys.stderr)
         return 2
-    shapes = tuple(itertools.islice(itertools.cycle(args.shapes.split(",")), len(MODELS)))
-    setting = Setting(library, shapes, args.device, args.kv_blocks, args.requests, args.rate_rps, args.tokens)
-    told: dict[str, Any] = {"setting": _plain(setting)}
-    for name in args.sections.split(","):
-        told[name] = _tried(SECTIONS[name], setting)
-        _write(args.out, told)  # what there is, also when the next one never ends
-    return int(any("error" in told[name] for name in args.sections.split(",")))
+    return int(bool(told["left_out"]) or any("error" in told[name] for name in SECTION_S if name in told))
 
 
-def _plain(setting: Setting) -> dict[str, Any]:
-    return {field.name: getattr(setting, field.name) for field in fields(setting) if field.name != "library"}
+async def _run(args: argparse.Namespace, library: Library, launcher: Launcher) -> dict[str, Any]:
+    began = time.monotonic()
+    node = NODES[args.gpus](args.models.split(","), args.tokens)
+    if args.device == "cpu":
+        node = replace(node, devices=())
+    told = _about(args)
+    async with Controller(Core(library.search(), QUEUES["per_model"]()), node.budgets(), launcher, library) as controller:
+        trial = Trial(node, controller, args.prompt_tokens, args.traffic_s, args.rate_rps)
+        for name in args.sections.split(","):
+            left_s = args.limit_s - (time.monotonic() - began)
+            if left_s <= SECTION_S[name]:
+                told["left_out"].append(name)
+                continue
+            print(f"[{time.monotonic() - began:.0f} s] {name}", flush=True)
+            told[name] = await _tried(getattr(trial, name), left_s)
+            told["seconds"] = time.monotonic() - began
+            write(args.out, json.dumps(told, indent=1) + "\n")  # what there is, also when the next one never ends
+    told["seconds"] = time.monotonic() - began
+    write(args.out, json.dumps(told, indent=1) + "\n")
+    print(f"{told['seconds']:.0f} s; left out: {', '.join(told['left_out']) or 'nothing'}", flush=True)
+    return told
 
 
-def _tried(section: Callable[[Setting], Awaitable[dict[str, Any]]], setting: Setting) -> dict[str, Any]:
-    async def run() -> dict[str, Any]:
-        return await section(setting)
+def _about(args: argparse.Namespace) -> dict[str, Any]:
+    told = {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items() if key != "fingerprints"}
+    provenance = {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "commit": args.commit or tables.head_commit(),
+        "gpus": tables.gpus() if args.device == "cuda" else [],
+        "command": [Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]],
+    }
+    return {"gpus": args.gpus, "left_out": [], "setting": told, "provenance": provenance}
 
+
+async def _tried(section: Callable[[], Awaitable[dict[str, Any]]], limit_s: float) -> dict[str, Any]:
     try:
-        return asyncio.run(run())
+        return await asyncio.wait_for(section(), limit_s)
+    except TimeoutError:
+        return {"error": f"not done after the {limit_s:.0f} s that were left"}
     except Exception as error:
-        return {"error": str(error), "trace": traceback.format_exc()}
+        return {"error": f"{type(error).__name__}: {error}", "trace": traceback.format_exc()}
 
 
-def _write(file: Path, told: dict[str, Any]) -> None:
-    temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
-    with temporary.open("w", encoding="utf-8") as stream:
-        json.dump(told, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
-    temporary.replace(file)
+def _arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m systems.maveriq.controller.trial", description=__doc__)
+    add = parser.add_argument
+    add(
+        "--fingerprints",
+        type=Path,
+        nargs="+",
+        required=True,
+        help="CSV files of fingerprints; the first that has a point counts",
+    )
+    add("--out", type=Path, required=True)
+    add("--gpus", type=int, choices=tuple(NODES), default=1)
+    add("--models", default="llama-2-7b,llama-2-13b", help="two models (default: %(default)s)")
+    add("--models-file", type=Path, help="YAML file with further models")
+    add("--mode", choices=("paper", "improved"), default="improved", help="the estimator (default: %(default)s)")
+    add("--device", choices=("cpu", "cuda"), default="cuda")
+    add("--engine-shape", default="model", help="shape that engines run (default: the model's own)")
+    add("--engine-options", default="", help="further options of `python -m systems.common.serve`, quoted as one")
+    add("--one-rank", action="store_true", help="run every engine in one process")
+    add("--tokens", type=int, default=20, help="tokens of an answer (default: %(default)s)")
+    add("--prompt-tokens", type=int, default=PROMPT_TOKENS, help="tokens of a prompt, at most %(default)s (default)")
+    add("--traffic-s", type=float, default=8.0, help="length of each stretch of traffic (default: %(default)s)")
+    add("--rate-rps", type=float, help="requests per second (default: what keeps the busiest GPU at work 70 %% of the time)")
+    add("--limit-s", type=float, default=100.0, help="begin nothing after so long (default: %(default)s)")
+    add("--sections", default=",".join(SECTION_S), help="default: %(default)s")
+    add("--commit", default="", help="of this code, where there is no git to ask")
+    return parser
 
 
 if __name__ == "__main__":

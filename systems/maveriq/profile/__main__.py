@@ -46,7 +46,11 @@ def parser() -> argparse.ArgumentParser:
     add("--model", required=True, help="a model shape, such as llama-2-7b")
     add("--out", type=Path, required=True, help="CSV file to write; one that is there is replaced")
     add("--layouts", default="1x1,1x2,2x1", help="TPxPP, several with commas (default: %(default)s, the paper's)")
-    add("--dtypes", default=",".join(plan.DTYPES), help="weight precisions (default: %(default)s)")
+    add(
+        "--dtypes",
+        default=",".join(plan.DTYPES),
+        help="weight precisions, with +kv8 for int8 keys and values (default: %(default)s)",
+    )
     add("--batches", default=",".join(map(str, PAPER_GRID.batches)), help="requests at once (default: %(default)s)")
     add("--output-lengths", default=",".join(map(str, PAPER_GRID.output_lengths)), help="output tokens (default: %(default)s)")
     add("--extra-layers", default="0,1", help="layers beyond one per stage (default: %(default)s)")

@@ -1,4 +1,4 @@
-"""Workers: one at work and one that is getting ready meanwhile, each in a process group of its own, ended on every way out."""
+"""Workers: one at work and some that get ready meanwhile, each in a process group of its own, ended on every way out."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +22,10 @@ from systems.maveriq.profile.jobs import Job
 
 ROOT = Path(__file__).parents[3]
 START_S = 180.0
+AHEAD = 3 if (os.cpu_count() or 1) >= 8 else 1
+"""Workers that get ready (seconds of imports, no GPU) while one measures: an engine of a fingerprint is done in two seconds."""
+ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+"""Memory in steps of 2 MiB: torch's usual segments of 20 MiB and more are noise, and depth multiplies a fingerprint's noise."""
 
 
 @dataclass
@@ -41,7 +46,7 @@ class Worker:
 
     def __init__(self) -> None:
         path = os.environ.get("PYTHONPATH")
-        environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{path}" if path else str(ROOT)}
+        environment = {**ALLOCATOR, **os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{path}" if path else str(ROOT)}
         self._words: IO[bytes] = tempfile.TemporaryFile()  # noqa: SIM115 - kept until the worker has ended
         self.process = subprocess.Popen(
             [sys.executable, "-m", "systems.maveriq.profile.worker"],
@@ -96,26 +101,26 @@ class Crew:
     """Use as `with Crew() as crew`."""
 
     def __init__(self) -> None:
-        self._next: Worker | None = None
+        self._ready: deque[Worker] = deque()
 
     def __enter__(self) -> Crew:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._next is not None:
-            self._next.end()
+        while self._ready:
+            self._ready.popleft().end()
 
-    def do(self, job: Job, limit_s: float, more: bool = True) -> Done:
-        """Do one job; what goes wrong is in its `error`. `more`: another one follows, so get its worker ready meanwhile."""
-        worker, self._next = self._next or Worker(), None
+    def do(self, job: Job, limit_s: float, more: int = 1) -> Done:
+        """Do one job; what goes wrong is in its `error`. `more` follow, so get workers ready meanwhile."""
+        worker = self._ready.popleft() if self._ready else Worker()
         found, began = Done(job), time.monotonic()
         try:
             _take(found, worker.message(START_S))
             if found.error:
                 return found
             worker.give(job)
-            if more:
-                self._next = Worker()
+            while len(self._ready) < min(more, AHEAD):
+                self._ready.append(Worker())
             until = time.monotonic() + limit_s
             while not (found.error or found.facts):
                 _take(found, worker.message(until - time.monotonic()))

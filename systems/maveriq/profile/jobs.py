@@ -12,6 +12,8 @@ from systems.maveriq.fingerprint import Layout
 
 DTYPES = ("float16", "int8", "int4")
 """What our engine has: 16-bit weights (called float16 in tables, whichever of fp16 and bf16 computes), int8, int4."""
+INT8_KV = "+kv8"
+"""Behind a precision: with keys and values in int8."""
 CLOCKS = ("launched", "served")
 COMPUTE = ("fp16", "bf16", "fp32")
 TABLES = ("fingerprints", "whole", "uneven", "scaling")
@@ -23,9 +25,10 @@ PROMPT_TOKENS = 923
 class Job:
     """One engine: built, loaded, asked for each of `output_lengths`, ended. Sizes in layers, requests and tokens.
 
-    `clock` says which time becomes the latency: `served`, a request through the whole engine, or `launched`, its prompt through
-    the engine and its decode steps launched one after the other without it, so that a model of one layer is bound by the GPU
-    and not by Python (sheet 7). Both are always measured. `table` is the file that the rows go to.
+    `dtype` is one of DTYPES, with `INT8_KV` behind it for keys and values in int8. `clock` says which time becomes the latency:
+    `served`, a request through the whole engine, or `launched`, its prompt through the engine and its decode steps launched one
+    after the other without it, so that a model of one layer is bound by the GPU and not by Python (sheet 7). Both are always
+    measured. `table` is the file that the rows go to.
     """
 
     model: str
@@ -53,6 +56,16 @@ class Job:
         return self.tp * len(self.pp_map)
 
     @property
+    def weights(self) -> str:
+        """The precision of its weights, one of DTYPES."""
+        return self.dtype.removesuffix(INT8_KV)
+
+    @property
+    def int8_kv(self) -> bool:
+        """Whether its keys and values are int8."""
+        return self.dtype.endswith(INT8_KV)
+
+    @property
     def name(self) -> str:
         """How messages call it."""
         return f"{self.model} TP {self.tp} layers {list(self.pp_map)} {self.dtype} batch {self.batch}"
@@ -72,7 +85,7 @@ class Job:
         shape = model(self.model, "--model")
         if self.layers > shape.layers:
             raise InputError("profile", "layers", self.layers, f"{self.model} has {shape.layers}: use 1 to {shape.layers}")
-        for key, known in (("dtype", DTYPES), ("compute", COMPUTE), ("clock", CLOCKS), ("table", TABLES)):
+        for key, known in (("weights", DTYPES), ("compute", COMPUTE), ("clock", CLOCKS), ("table", TABLES)):
             if getattr(self, key) not in known:
                 raise InputError("profile", key, getattr(self, key), f"use one of {', '.join(known)}")
         for key in ("tp", "batch", "prompt_tokens", "repeats"):

@@ -13,6 +13,8 @@ from systems.maveriq.profile.crew import Crew, Done
 from systems.maveriq.profile.jobs import Job
 
 JOB_S = 120.0
+OVER_S = 20.0
+"""How long after the budget's end the last job may still take, seconds."""
 
 
 def profile(
@@ -31,7 +33,8 @@ def profile(
         jobs: what to measure; all must be possible (`Job.check`).
         files: per table (`Job.table`) its CSV file; one without rows is not written.
         beside: the provenance file.
-        budget_s: no job begins after so long; those that remain are named in the provenance.
+        budget_s: no job begins after so long, and one that runs ends `OVER_S` later at the latest; those that remain are
+            named in the provenance.
         job_s: limit of one job, its start left out.
         commit: of the code, where there is no git to ask.
         say: hears a line per job.
@@ -48,7 +51,8 @@ def profile(
         for place, job in enumerate(jobs):
             if time.monotonic() > until:
                 break
-            done.append(crew.do(job, job_s, more=place + 1 < len(jobs)))
+            limit_s = min(job_s, until + OVER_S - time.monotonic())
+            done.append(crew.do(job, limit_s, more=len(jobs) - place - 1))
             say(_line(done[-1], place + 1, len(jobs)))
             write(done, [left.name for left in jobs[place + 1 :]], files, beside, began, commit)
     return done

@@ -38,7 +38,7 @@ def rows_of(done: Done) -> list[dict[str, object]]:
     load_s = (done.import_s + done.built_s) / max(1, len(done.rows))
     for row in done.rows:
         cells = (
-            job.model, job.tp, len(job.pp_map), " ".join(map(str, job.pp_map)), job.dtype, False, row["output_length"],
+            job.model, job.tp, len(job.pp_map), " ".join(map(str, job.pp_map)), job.weights, job.int8_kv, row["output_length"],
             job.batch, row["latency_s"], row["loaded_gib"], row["memory_gib"], done.built_s, load_s + row["ran_s"],
             job.layers, job.prompt_tokens, job.compute, job.clock, row["low_s"], row["high_s"], row["served_s"],
             row["launched_s"], row["host_share"], job.repeats,
@@ -73,12 +73,12 @@ def provenance(jobs: Sequence[Done], skipped: Sequence[str], began: datetime.dat
     return {
         "date": began.isoformat(timespec="seconds"),
         "command": [Path(sys.orig_argv[0]).name, *sys.orig_argv[1:]],
-        "commit": commit or _commit(),
+        "commit": commit or head_commit(),
         "host": platform.node(),
         "python": platform.python_version(),
         "torch": facts.get("torch", "unknown"),
         "device": facts.get("device", "unknown"),
-        "gpus": _gpus() if facts.get("device") != "cpu" else [],
+        "gpus": gpus() if facts.get("device") != "cpu" else [],
         "memory": facts.get("memory", "unknown"),
         "weights": "random, seed 0",
         "jobs": len(jobs),
@@ -93,7 +93,8 @@ def host_bound(rows: Iterable[Mapping[str, object]]) -> int:
     return sum(isinstance(share := row["Host-Share"], float) and share > HOST_BOUND for row in rows)
 
 
-def _commit() -> str:
+def head_commit() -> str:
+    """The commit of this code, with a + where files differ from it."""
     if told := os.environ.get("FIVEFOLD_COMMIT"):
         return told
     found = _output(["git", "-C", str(ROOT), "rev-parse", "HEAD"])
@@ -101,7 +102,8 @@ def _commit() -> str:
     return found + changed if found else "unknown"
 
 
-def _gpus() -> list[str]:
+def gpus() -> list[str]:
+    """Every GPU in a line: name, driver, memory, clocks, power limit."""
     keys = "name,driver_version,memory.total,clocks.sm,clocks.mem,clocks.max.sm,power.limit"
     return _output(["nvidia-smi", f"--query-gpu={keys}", "--format=csv,noheader"]).splitlines()
 

@@ -34,6 +34,9 @@ SPARE_TOKENS = 16
 """Room in the KV cache behind the last token."""
 STEP_TOKENS = 8192
 """Most prompt tokens of one step."""
+WARM_S = 0.3
+"""Least seconds of warm-up before timed requests on a GPU: an idle one clocks down, and one request of a layer takes 5 ms.
+Two H200 runs without it (docs/results.md, 2026-11-21) differed by up to a quarter at one layer, by 1 % at full depth."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,11 +56,16 @@ def engine(job: Job) -> Iterator[Live]:
     longest = job.prompt_tokens + max(job.output_lengths) + SPARE_TOKENS
     tokens = min(STEP_TOKENS, -(-job.batch * job.prompt_tokens // 128) * 128)
     config = EngineConfig(
-        job.batch * -(-longest // 16) + 1, max_num_batched_tokens=max(tokens, 128, job.batch), max_num_seqs=job.batch
+        job.batch * -(-longest // 16) + 1,
+        max_num_batched_tokens=max(tokens, 128, job.batch),
+        max_num_seqs=job.batch,
+        kv_dtype="int8" if job.int8_kv else "auto",
     )
-    dtype = None if job.dtype == "float16" else job.dtype
+    dtype = None if job.weights == "float16" else job.weights
     if job.gpus == 1:
         weights = random_weights(shape, 0, job.device, dtype=dtype)
+        if job.device == "cuda":
+            torch.cuda.empty_cache()  # what making them left, of which the cache would take a depth's part and hide it
         yield Live.build(shape, weights, config, max_tokens=longest)
         return
     split = layout(shape, job.tp, pp_map=job.pp_map)
@@ -112,7 +120,10 @@ class Asker:
 
     def median(self, ask: Callable[[int], tuple[float, float | None]], length: int, counts: bool) -> Timed:
         """Median and quartiles of the job's repeats after its warm-ups; of a quarter as many where it is not what counts."""
-        for _ in range(self.job.warmups if counts else min(1, self.job.warmups)):
+        warm_until = time.perf_counter() + (WARM_S if counts and self._on_gpu else 0)
+        for i in itertools.count():
+            if i >= (self.job.warmups if counts else min(1, self.job.warmups)) and time.perf_counter() >= warm_until:
+                break
             ask(length)
         runs = [ask(length) for _ in range(self.job.repeats if counts else -(-self.job.repeats // 4))]
         times, shares = [took_s for took_s, _ in runs], [share for _, share in runs if share is not None]

@@ -66,11 +66,11 @@ def measure(job: Job, say: Any) -> None:  # noqa: ANN401 - a function of JSON va
         for place, length in enumerate(sorted(job.output_lengths)):
             start = time.perf_counter()
             asker.served(length)
-            after_gib = gauge.gib()
             if not place:
                 gc.collect()
                 gc.freeze()  # what loading made is never garbage: no pause while requests are timed
             ways = {way: asker.median(getattr(asker, way), length, way == job.clock) for way in CLOCKS}
+            after_gib = gauge.gib()  # after many requests: the first few still make the allocator take more
             say(row=_row(job, length, ways, loaded_gib, after_gib, time.perf_counter() - start), built_s=built_s)
     say(done=True, memory=gauge.how, device=_device(job), torch=str(torch.__version__))
 
