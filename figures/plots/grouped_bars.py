@@ -63,5 +63,5 @@ def _scale(axes: Axes, plot: Mapping[str, Any]) -> None:
         axes.set_ylim(bottom=10.0 ** math.floor(math.log10(min(heights)) - 0.05))
     else:
         axes.set_ylim(bottom=0)
-    if axes.get_ylim()[1] <= 0.06 and plot.get("y_scale") != "log":  # every bar is 0: matplotlib would show a meaningless scale
+    if not heights:  # every bar is 0: matplotlib would show a meaningless scale
         axes.set_ylim(0, 1)
