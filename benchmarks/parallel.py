@@ -1,9 +1,9 @@
 """Several GPUs, and quantised weights: correctness and speed on H200s.
 
-    python benchmarks/parallel.py --out DIR [--parts layouts,exact,kernels,quantised,sweep] [--model llama-2-7b] [--budget 220]
+    python benchmarks/parallel.py --out DIR [--parts layouts,exact,kernels,quantised,torchao] [--model M] [--budget 220]
 
 Runs what the GPUs present allow and writes DIR/parallel.json after every part; a part that fails is recorded, the rest goes on.
-Under four minutes each: on one GPU `--parts kernels,quantised` (and `sweep` by itself), on two or four `--parts exact,layouts`.
+Under four minutes each: on one GPU `--parts kernels,quantised`, on two or four `--parts exact,layouts`.
 
 * `layouts`: the whole model on every tp and pp map that fits: logits against one GPU, share of greedy tokens that agree, decode
   steps as served (batch 1, 32, 128, context 512), prompts of 512 and 2,048, sums (all-reduce) by size where tp > 1; with int8
@@ -11,7 +11,9 @@ Under four minutes each: on one GPU `--parts kernels,quantised` (and `sweep` by 
 * `exact`: float32, four layers, plain PyTorch: logits and tokens must agree.
 * `kernels`: int8 and int4 products of the model's matrices against cuBLAS in bf16 and the floor their bytes set.
 * `quantised`: the whole model in int8 and int4: decode and prefill against bf16; logits against the dequantised model.
-* `sweep` (not by default): tilings of the int8 and int4 kernels; the best go into `kernels/quant_linear.py`.
+* `torchao` (not by default; needs that package): the same with torchao's products.
+
+`benchmarks/tilings.py` searches the tilings of the int8 and int4 kernels.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ import gc
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 import traceback
@@ -40,7 +41,7 @@ from systems.common.engine.config import EngineConfig
 from systems.common.engine.engine import Engine
 from systems.common.models import ModelShape, model
 from systems.common.torch_engine.drivers import Live
-from systems.common.torch_engine.kernels.quant_linear import Tiling, dequantised, quant_linear
+from systems.common.torch_engine.kernels.quant_linear import dequantised, quant_linear
 from systems.common.torch_engine.kernels.triton_guard import triton
 from systems.common.torch_engine.linear import Linear
 from systems.common.torch_engine.parallel.executor import start
@@ -251,7 +252,7 @@ class Bench:
         """Float32, four layers, attention and steps by plain PyTorch: no rounding to hide behind."""
         shape = replace(self.shape.with_dtype("fp32"), layers=4)
         config = EngineConfig(400, max_num_batched_tokens=512, max_num_seqs=16)
-        prompt, kept, plain = self.prompt[:100], {}, {"backend": "reference", "graphs": False}
+        prompt, kept, plain = self.prompt[:100], {}, {"backend": "sdpa", "graphs": False}
 
         def reference() -> str:
             live = self.alone(shape, random_weights(shape, 0, "cuda"), config, **plain)
@@ -351,69 +352,26 @@ class Bench:
             if dtype is not None:
                 self.section(f"model {dtype} against dequantised", close)
 
-    def candidates(self) -> list[tuple[str, int, Tiling]]:
-        """Tilings to try: number format, rows, tiling."""
-        found = []
+    def torchao(self) -> None:
+        """The whole model with torchao's products: decode steps, prompts, and logits against our kernels' (8 layers)."""
         for dtype in ("int8", "int4"):
-            for bn, bk, warps in (
-                (2, 2048, 4),
-                (4, 1024, 4),
-                (4, 2048, 4),
-                (8, 512, 4),
-                (8, 1024, 4),
-                (8, 1024, 8),
-                (16, 512, 4),
-            ):
-                found.append((dtype, 1, Tiling(bn, bk * (1 if dtype == "int8" else 2), warps, 1)))
-            for rows in (16, 128):
-                for bn, warps, stages, splits in (
-                    (16, 4, 5, 1),
-                    (32, 4, 4, 1),
-                    (32, 4, 4, 2),
-                    (32, 4, 4, 4),
-                    (64, 4, 4, 2),
-                    (64, 4, 4, 4),
-                    (64, 8, 3, 4),
-                    (128, 8, 3, 4),
-                ):
-                    found.append((dtype, rows, Tiling(bn, 128, warps, stages, splits)))
-        return found
 
-    @torch.inference_mode()
-    def sweep(self, share: tuple[int, int] | None = None) -> dict[str, object]:
-        """Every candidate on the two largest matrices; with `share` only compile some of them (in other processes)."""
-        if share is None:
-            workers = [
-                subprocess.Popen([sys.executable, __file__, "--out", str(self.out), "--precompile", str(i), "12"])
-                for i in range(12)
-            ]
-            for worker in workers:
-                worker.wait()
-        best: dict[str, object] = {}
-        for name in ("up", "down", "qkv", "o"):
-            outer, inner = self.matrices()[name]
-            for dtype in ("int8", "int4"):
-                packed = [
-                    quantise(torch.randn(outer, inner, device="cuda", dtype=torch.bfloat16), None, dtype) for _ in range(3)
-                ]
-                for number, (kind, rows, tiling) in enumerate(self.candidates()):
-                    if kind != dtype or (share is not None and (number % share[1] != share[0] or name not in ("up", "down"))):
-                        continue
-                    x = torch.randn(rows, inner, device="cuda", dtype=torch.bfloat16)
+            def whole(dtype=dtype) -> dict[str, object]:
+                live = self.alone(self.shape, random_weights(self.shape, 0, "cuda", dtype=dtype), quantised="torchao")
+                return self.times(live, (1, 8, 32, 128)) | live.executor.choices
 
-                    def work(x=x, tiling=tiling, packed=packed):
-                        for p in packed:
-                            quant_linear(x, p.weight, p.scale, p.group, tiling=tiling)
+            def close(dtype=dtype) -> dict[str, float]:
+                shape, found = replace(self.shape, layers=8), []
+                config = EngineConfig(400, max_num_batched_tokens=512, max_num_seqs=16)
+                with torch.inference_mode():
+                    for backend in ("triton", "torchao"):
+                        weights = random_weights(shape, 0, "cuda", dtype=dtype)
+                        live = self.alone(shape, weights, config, quantised=backend)
+                        found.append(live.executor.half.score(self.prompt[:40]))
+                return {"off_our_kernels": off(found[1], found[0])}
 
-                    try:
-                        if share is not None:
-                            work()
-                            continue
-                        us = on_gpu(work, 10) / 3 * 1e3
-                    except Exception as error:  # too much shared memory, say
-                        us, tiling = float("inf"), f"{tiling}: {type(error).__name__}"
-                    best.setdefault(f"{dtype} {name} {rows}", []).append((us, str(tiling)))
-        return {key: sorted(tried)[:4] for key, tried in best.items()}
+            self.section(f"torchao {dtype} against ours", close)
+            self.section(f"torchao {dtype}", whole)
 
 
 def main() -> None:
@@ -423,12 +381,8 @@ def main() -> None:
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--model", default="llama-2-7b")
     parser.add_argument("--budget", type=float, default=220.0, help="seconds after which no further section begins")
-    parser.add_argument("--precompile", type=int, nargs=2)
     options = parser.parse_args()
     bench = Bench(model(options.model).with_dtype("bf16"), options.out, options.budget)
-    if options.precompile:
-        bench.sweep(tuple(options.precompile))
-        return
     bench.keep(
         "machine",
         {
@@ -442,7 +396,7 @@ def main() -> None:
         },
     )
     for part in options.parts.split(","):
-        if part in ("layouts", "exact", "quantised"):
+        if part in ("layouts", "exact", "quantised", "torchao"):
             bench.section(f"part {part}", lambda part=part: getattr(bench, part)() or "done")
         else:
             bench.section(part, getattr(bench, part))

@@ -102,7 +102,7 @@ def measure(live: Live, workload: Workload, out: Path) -> dict[str, object]:
         "engine_steps": engine.steps - steps,
         "gpu_steps": len(executor.flights.ended_s) - first,
         "num_gpu_blocks": engine.config.num_gpu_blocks,
-        "attention": executor.model.attention.name,
+        **executor.choices,
         "policy": engine.config.policy,
         "max_num_batched_tokens": engine.config.max_num_batched_tokens,
         "max_num_seqs": engine.config.max_num_seqs,

@@ -48,9 +48,7 @@ def alone(prompt: list[int], steps: int) -> list[int]:
     for _ in range(steps):
         cache = KVCache(SHAPE, 1, 16, 16)
         cache.tables[0] = torch.arange(1, 17)
-        transformer = Transformer(
-            SHAPE, WEIGHTS, attention.choose("reference", SHAPE, cache, rope_table(16, 256, numerics(SHAPE)))
-        )
+        transformer = Transformer(SHAPE, WEIGHTS, attention.choose("sdpa", SHAPE, cache, rope_table(16, 256, numerics(SHAPE))))
         none = torch.empty(0, dtype=torch.int64)
         logits = transformer.forward(torch.tensor(tokens), None, none, Chunks.of([0], [len(tokens)], [0]), None)
         tokens.append(int(logits[-1].argmax()))
@@ -210,9 +208,7 @@ def test_a_padded_batch_gives_what_the_bare_one_gives() -> None:
         cache.v.normal_(generator=torch.Generator().manual_seed(2))
         cache.lengths[torch.tensor([5, 1])] = torch.tensor([11, 31], dtype=torch.int32)
         cache.last_token[torch.tensor([5, 1])] = torch.tensor([7, 9])
-        transformer = Transformer(
-            SHAPE, WEIGHTS, attention.choose("reference", SHAPE, cache, rope_table(16, 256, numerics(SHAPE)))
-        )
+        transformer = Transformer(SHAPE, WEIGHTS, attention.choose("sdpa", SHAPE, cache, rope_table(16, 256, numerics(SHAPE))))
         ended = np.array([True, False, True])
         packed = torch.from_numpy(pack(bucket, prompts, rows, np.array([12, 32]), np.array(past), np.array(slots), ended, 6))
         assert len(packed) == bucket.length

@@ -148,7 +148,7 @@ def test_safetensors_round_trip(tmp_path) -> None:
 
 
 def test_unknown_attention_backend() -> None:
-    with pytest.raises(InputError, match="reference"):
+    with pytest.raises(InputError, match="sdpa"):
         attention.choose("flashy", LLAMA, KVCache(LLAMA, 1, 1, 1), None)
     with pytest.raises(InputError, match="needs Triton, a GPU"):
         attention.choose("triton", LLAMA, KVCache(LLAMA, 1, 1, 1), None)

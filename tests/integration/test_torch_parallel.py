@@ -41,8 +41,10 @@ def requests(count: int, adapters: Sequence[str | None] = (None,)) -> list[Reque
 
 
 def sampling(request: Request) -> Sampling:
-    """Every third request is greedy."""
-    return Sampling(temperature=(0.0, 0.7, 1.3)[request.index % 3], top_p=(1.0, 0.8)[request.index % 2], seed=request.index)
+    """Every third request is greedy; every fourth stops at any even token, but not before its seventh."""
+    stops = frozenset(range(0, SHAPE.vocab, 2)) if request.index % 4 == 0 else frozenset()
+    i = request.index
+    return Sampling((0.0, 0.7, 1.3)[i % 3], (1.0, 0.8)[i % 2], i, stops, min_tokens=6)
 
 
 def compare(shape: ModelShape, tp: int, pp_map: list[int], config: EngineConfig, dtype: str | None = None) -> None:
@@ -83,7 +85,7 @@ def compare(shape: ModelShape, tp: int, pp_map: list[int], config: EngineConfig,
     [
         pytest.param(SHAPE, 2, [4], PREEMPTING, id="tp2"),
         pytest.param(SHAPE, 1, [1, 3], PREFILL_FIRST, id="pp-1-3"),
-        pytest.param(SHAPE, 1, [2, 2], CHUNKED, id="pp-2-2"),
+        pytest.param(SHAPE, 1, [2, 2], replace(CHUNKED, kv_dtype="int8"), id="pp-2-2-int8-cache"),
         pytest.param(GPT, 2, [1, 3], CHUNKED, id="tp2-pp-1-3-gpt"),
         pytest.param(GROUPED, 4, [2], CHUNKED, id="tp4-of-2-kv-heads"),
     ],

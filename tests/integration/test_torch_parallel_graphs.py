@@ -102,7 +102,8 @@ def test_captured_stages_equal_one_rank(sampled: bool, monkeypatch: pytest.Monke
     Replayed.captures = 0
 
     def sampling(request: Request) -> Sampling:
-        return Sampling(temperature=0.9 if sampled and request.index % 2 else 0.0, seed=request.index)
+        stops = frozenset(range(0, SHAPE.vocab, 2)) if sampled and request.index % 3 == 0 else frozenset()
+        return Sampling(0.9 if sampled and request.index % 2 else 0.0, 1.0, request.index, stops, min_tokens=5)
 
     asked = [Request(i, 0.0, 5 + 3 * i, 9 + 5 * i) for i in range(7)]
     whole = Live.build(SHAPE, random_weights(SHAPE, 7), CONFIG, max_tokens=128, sampling=sampling)

@@ -29,7 +29,7 @@ else:
     def test_attention_with_any_number_of_kv_heads(heads: int, kv_heads: int) -> None:
         """A prompt and a decode step, our kernels against plain PyTorch; both caches hold the same afterwards."""
         from systems.common.models import ModelShape
-        from systems.common.torch_engine.attention import Chunks, ReferenceAttention, TritonAttention
+        from systems.common.torch_engine.attention import Chunks, SdpaAttention, TritonAttention
         from systems.common.torch_engine.cache import KVCache
         from systems.common.torch_engine.numerics import Numerics, rope_table
 
@@ -39,7 +39,7 @@ else:
         width = (heads + 2 * kv_heads) * 16
         prompt, step = (torch.randn(n, width, generator=generator).to(DEVICE) for n in (37, 1))
         found = []
-        for backend in (ReferenceAttention, TritonAttention):
+        for backend in (SdpaAttention, TritonAttention):
             cache = KVCache(shape, 1, 4, 4, device=DEVICE)
             cache.tables[0] = torch.tensor([3, 1, 4, 2], device=DEVICE)
             attention = backend(shape, cache, rope)
@@ -79,7 +79,7 @@ else:
     def test_one_row_on_two_ranks(dtype: str | None) -> None:
         """The body for few rows, whose residual stream joins the sums once; against one rank with plain products."""
         from systems.common.models import ModelShape
-        from systems.common.torch_engine.attention import ReferenceAttention, TritonAttention
+        from systems.common.torch_engine.attention import SdpaAttention, TritonAttention
         from systems.common.torch_engine.cache import KVCache
         from systems.common.torch_engine.linear import Linear
         from systems.common.torch_engine.model import Transformer
@@ -103,7 +103,7 @@ else:
                 matrix = getattr(layer, site)
                 if isinstance(matrix, Quantised):
                     setattr(layer, site, Linear(dequantise(matrix, torch.float32)))
-        expected = model(ReferenceAttention, shape, whole).forward(token, None, slots, None, None)
+        expected = model(SdpaAttention, shape, whole).forward(token, None, slots, None, None)
         turn, meet, given, found = threading.Lock(), threading.Barrier(2), {}, {}
 
         def run(rank: int) -> None:

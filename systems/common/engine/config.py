@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from systems.common.errors import InputError
 
 POLICIES = ("chunked-prefill", "prefill-first")
+KV_DTYPES = ("auto", "int8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +23,8 @@ class EngineConfig:
         watermark: share of the blocks that admission leaves free, so that a new prompt does not preempt at once
             (0.01 in vLLM 0.6.3; vLLM v1 has none).
         reserve_prompt: admit a prompt only when its blocks fit whole, even if its first chunk alone would.
+        kv_dtype: what a measured engine keeps keys and values in: the model's own format (`auto`), or `int8` with scales.
+            Simulated engines price the model's own format.
     """
 
     num_gpu_blocks: int
@@ -31,6 +34,7 @@ class EngineConfig:
     max_num_seqs: int = 256
     watermark: float = 0.0
     reserve_prompt: bool = True
+    kv_dtype: str = "auto"
 
     def __post_init__(self) -> None:
         """Raises InputError for a limit that no engine could run with."""
@@ -40,6 +44,8 @@ class EngineConfig:
                 raise InputError("engine", key, value, "give a whole number of at least 1")
         if self.policy not in POLICIES:
             raise InputError("engine", "policy", self.policy, f"use one of {', '.join(POLICIES)}")
+        if self.kv_dtype not in KV_DTYPES:
+            raise InputError("engine", "kv_dtype", self.kv_dtype, f"use one of {', '.join(KV_DTYPES)}")
         if not 0 <= self.watermark < 1:
             raise InputError("engine", "watermark", self.watermark, "give a share from 0 up to, not including, 1")
         if self.policy == "chunked-prefill" and self.max_num_batched_tokens < self.max_num_seqs:

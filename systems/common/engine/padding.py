@@ -40,6 +40,10 @@ class Padding:
             return rows, tokens, rows + chunks
         return padded_rows, padded_tokens, padded_rows + self.chunks
 
+    def is_graph(self, rows: int, tokens: int) -> bool:
+        """Whether a graph has exactly these decoding rows and prompt tokens."""
+        return rows in self.rows and tokens in self.tokens and tokens <= (self.tokens[-1] if rows else self.prompt_tokens)
+
 
 def _next(sizes: tuple[int, ...], wanted: int) -> int | None:
     """The smallest of the sorted `sizes` that holds `wanted`; None where none does."""

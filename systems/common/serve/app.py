@@ -113,7 +113,8 @@ class App:
             "kv_blocks_used": ("KV blocks that sequences hold.", load.blocks_used),
             "kv_blocks_total": ("KV blocks in the pool.", total),
         }
-        text = self._metrics.text(gauges, {"preemptions_total": ("Sequences thrown out and recomputed.", load.preemptions)})
+        counts = {"preemptions_total": ("Sequences thrown out and recomputed.", load.preemptions)}
+        text = self._metrics.text(gauges, counts, load.more)
         await exchange.answer(text.encode(), kind=b"text/plain; version=0.0.4; charset=utf-8")
 
     async def _models(self, exchange: Exchange) -> None:

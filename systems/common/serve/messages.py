@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -64,18 +65,32 @@ Command = Job | Abort | LoadAdapter | UnloadAdapter | Stop
 
 
 @dataclass(frozen=True, slots=True)
+class Family:
+    """Something that an engine counts beside what all do, for `/metrics`: values by labels (`{replica="0"}`, or none)."""
+
+    name: str
+    kind: str
+    about: str
+    samples: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
 class Load:
-    """How busy the engine is: sequences, KV blocks in use, preemptions since the start."""
+    """How busy the engine is: sequences, KV blocks in use, preemptions since the start; `more` that it counts."""
 
     waiting: int = 0
     running: int = 0
     blocks_used: int = 0
     preemptions: int = 0
+    more: tuple[Family, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """The engine is warm and serves: its limits, its vocabulary, the device and number format it runs on, its adapters."""
+    """The engine is warm and serves: its limits, its vocabulary, the device and number format it runs on, its adapters.
+
+    `about`: what else the server says of it once it serves.
+    """
 
     config: EngineConfig
     max_tokens: int
@@ -83,6 +98,7 @@ class Ready:
     device: str
     dtype: str
     adapters: tuple[str, ...]
+    about: Mapping[str, object] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

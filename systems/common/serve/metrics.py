@@ -6,6 +6,8 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from systems.common.serve.messages import Family
+
 SECONDS = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0)
 TOKEN_SECONDS = (0.0025, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.04, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1.0, 2.5)
 
@@ -55,8 +57,10 @@ class Metrics:
         """Count an HTTP answer."""
         self.answers[status] = self.answers.get(status, 0) + 1
 
-    def text(self, gauges: Mapping[str, tuple[str, float]], counts: Mapping[str, tuple[str, float]]) -> str:
-        """Everything as text; `gauges` and `counts` are read elsewhere: name to (help, value)."""
+    def text(
+        self, gauges: Mapping[str, tuple[str, float]], counts: Mapping[str, tuple[str, float]], more: Sequence[Family] = ()
+    ) -> str:
+        """Everything as text; `gauges` and `counts` are read elsewhere: name to (help, value); and `more`."""
         lines: list[str] = []
 
         def family(name: str, kind: str, about: str, samples: Mapping[str, float]) -> None:
@@ -68,6 +72,8 @@ class Metrics:
             family(name, "gauge", about, {"": value})
         for name, (about, value) in counts.items():
             family(name, "counter", about, {"": value})
+        for one in more:
+            family(one.name, one.kind, one.about, one.samples)
         family("prompt_tokens_total", "counter", "Prompt tokens of accepted requests.", {"": self.prompt_tokens.value})
         family("output_tokens_total", "counter", "Tokens generated and handed out.", {"": self.output_tokens.value})
         ends = {f'{{reason="{reason}"}}': float(count) for reason, count in self.ends.items()}

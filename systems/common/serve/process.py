@@ -1,5 +1,8 @@
 """The engine's own process, so that HTTP never holds the interpreter that launches the engine's steps.
 
+What runs in it is a function of the pipe's other end and of the settings: `run_engine` here; a system with an engine of its own
+gives another one that speaks the same messages, and so has this package's HTTP half before it.
+
 The pipe ties the two together: when the HTTP process ends, however, the pipe closes and this one ends at once. Signals
 are the HTTP process's business (a service manager sends them to all).
 """
@@ -16,28 +19,30 @@ from contextlib import suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection
 from queue import SimpleQueue
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from systems.common.errors import InputError
 from systems.common.serve.config import ServeConfig
-from systems.common.serve.messages import Command, Ended, Ready, Report, Stop
+from systems.common.serve.messages import Ended, Ready, Stop
 
 if TYPE_CHECKING:
     from systems.common.serve.core import Inbox
 
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+Run = Callable[[Connection, Any], Ended]
+"""Reports `Ready`, serves until `Stop`; what it returns or raises is the last report. Pickled, so a module's function."""
 
 
 class EngineProcess:
     """The HTTP process's end. `connection` becomes readable with every report; use it as a context manager."""
 
-    def __init__(self, config: ServeConfig) -> None:
-        """Start the process; it loads the model and reports `Ready`, or `Ended`."""
+    def __init__(self, config: Any, run: Run | None = None) -> None:  # noqa: ANN401  what `run` takes
+        """Start the process, in which `run` (None: `run_engine`) loads the model and reports `Ready`, or `Ended`."""
         context = multiprocessing.get_context("spawn")
         self.connection, theirs = context.Pipe()
         resource_tracker.ensure_running()  # type: ignore[attr-defined]  # else `start` does it, and unblocks what is blocked here
-        self._process = context.Process(target=_main, args=(theirs, config), name="engine", daemon=True)
+        self._process = context.Process(target=_main, args=(theirs, config, run or run_engine), name="engine")
         signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # inherited: none ends the engine before it can ignore them
         try:
             self._process.start()
@@ -55,34 +60,39 @@ class EngineProcess:
         self._process.join()
         self.connection.close()
 
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        assert self._process.pid is not None
+        return self._process.pid
+
     def stop(self, limit_s: float) -> None:
         """Ask the engine to end, and wait so long for it."""
         self.send(Stop())
         self._process.join(limit_s)
 
-    def send(self, command: Command) -> None:
-        """Say something to the engine; one that is gone hears nothing."""
+    def send(self, command: object) -> None:
+        """Say something (a `Command`, or what else `run` understands) to the engine; one that is gone hears nothing."""
         try:
             self.connection.send(command)
         except OSError:
             assert not self.connection.closed  # the pipe is broken: `receive` will say `Ended`
 
-    def receive(self) -> Report:
-        """The next report; `Ended` when the process is gone without a word."""
+    def receive(self) -> Any:  # noqa: ANN401  what `run` reports
+        """The next `Report`, or what else `run` reports; `Ended` when the process is gone without a word."""
         try:
-            report: Report = self.connection.recv()
+            return self.connection.recv()
         except (EOFError, OSError):
             self._process.join(5)
             return Ended(f"its process ended with code {self._process.exitcode}")
-        return report
 
 
-def _main(connection: Connection, config: ServeConfig) -> None:
+def _main(connection: Connection, config: Any, run: Run) -> None:  # noqa: ANN401
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)  # ranks inherit it
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     try:
-        last = _run(connection, config)
+        last = run(connection, config)
     except InputError as error:
         last = Ended(str(error), fault=error)
     except BaseException as error:
@@ -91,9 +101,10 @@ def _main(connection: Connection, config: ServeConfig) -> None:
         connection.send(last)
 
 
-def _run(connection: Connection, config: ServeConfig) -> Ended:
+def run_engine(connection: Connection, config: ServeConfig) -> Ended:
+    """The engine that `config` describes, until it is told to end."""
     inbox: Inbox = SimpleQueue()
-    threading.Thread(target=_listen, args=(connection, inbox.put), name="inbox", daemon=True).start()
+    listen(connection, inbox.put)
     from systems.common.serve.core import EngineLoop  # PyTorch
     from systems.common.serve.loading import engine
     from systems.common.torch_engine.parallel.cluster import RankError
@@ -104,7 +115,8 @@ def _run(connection: Connection, config: ServeConfig) -> Ended:
             executor = live.executor
             adapters = tuple(executor.adapters.index) if executor.adapters is not None else ()
             vocab, dtype = executor.shape.vocab, executor.shape.dtype
-            connection.send(Ready(live.engine.config, executor.max_tokens, vocab, str(executor.device), dtype, adapters))
+            limits, longest, device = live.engine.config, executor.max_tokens, str(executor.device)
+            connection.send(Ready(limits, longest, vocab, device, dtype, adapters, executor.choices))
             try:
                 loop.run()
             except InputError as error:  # bad input is refused before: this one is a defect
@@ -114,8 +126,12 @@ def _run(connection: Connection, config: ServeConfig) -> Ended:
     return Ended()
 
 
-def _listen(connection: Connection, put: Callable[[Command], None]) -> None:
-    """Pass on what comes; when the HTTP process is gone, be gone too."""
+def listen(connection: Connection, put: Callable[[Any], None]) -> None:
+    """From now on pass on what comes, in a thread of its own; when the HTTP process is gone, be gone too."""
+    threading.Thread(target=_pass_on, args=(connection, put), name="inbox", daemon=True).start()
+
+
+def _pass_on(connection: Connection, put: Callable[[Any], None]) -> None:
     while True:
         try:
             put(connection.recv())

@@ -14,6 +14,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Callable
 
 import uvicorn
 
@@ -40,12 +41,15 @@ ANSWER_S = 2.0
 """How long answers that are complete may take to leave when the server ends."""
 
 
-def serve(config: ServeConfig) -> int:
-    """Serve until a signal or the engine's death; the exit code. Raises InputError for what a user must mend."""
+def serve(config: ServeConfig, start: Callable[[], EngineProcess] | None = None) -> int:
+    """Serve until a signal or the engine's death; the exit code. Raises InputError for what a user must mend.
+
+    `start` starts another engine's process than the one that `config` describes.
+    """
     early: list[int] = []
     for number in SIGNALS:  # until the event loop listens to them
         signal.signal(number, lambda given, _: early.append(given))
-    with _listen(config.host, config.port) as listening, EngineProcess(config) as engine:
+    with _listen(config.host, config.port) as listening, start() if start is not None else EngineProcess(config) as engine:
         source = config.weights or config.gguf
         weights = source.name if source is not None else f"random (seed {config.seed})"
         weights += f", {config.quantization}" if config.quantization else ""
@@ -144,7 +148,7 @@ class _Server:
         if isinstance(report, Ready):
             self._ready = True
             self._model.adapters.names.extend(report.adapters)
-            limits = {"kv_blocks": report.config.num_gpu_blocks, "max_model_len": report.max_tokens}
+            limits = {"kv_blocks": report.config.num_gpu_blocks, "max_model_len": report.max_tokens, **report.about}
             print(json.dumps({"ready": True, "device": report.device, "dtype": report.dtype, **limits}), flush=True)
         else:
             self._ended = report

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from systems.common.engine.config import EngineConfig
 from systems.common.models import ModelShape
-from systems.common.torch_engine import attention
+from systems.common.torch_engine import attention, torchao_products
 from systems.common.torch_engine.attention import Chunks
 from systems.common.torch_engine.cache import KVCache
 from systems.common.torch_engine.comm import Links, leave
@@ -29,7 +29,7 @@ from systems.common.torch_engine.mixed import Bucket, Inputs, mixed_step
 from systems.common.torch_engine.model import Transformer
 from systems.common.torch_engine.numerics import Numerics, numerics, rope_table
 from systems.common.torch_engine.placement import Place
-from systems.common.torch_engine.sampling import Sampling, sample, uniform
+from systems.common.torch_engine.sampling import Sampling, Wants
 from systems.common.torch_engine.weights import Weights, weight_bytes
 
 Ints = NDArray[np.int64]
@@ -37,12 +37,17 @@ GREEDY = Sampling()
 NONE: Ints = np.empty(0, np.int64)
 
 
-def packed_wants(wants: Many[Sampling]) -> Ints:
-    """Temperatures, top-p and seeds, one after the other, the fractions by their bits; empty where all rows are greedy."""
-    if all(want.temperature == 0 for want in wants):
+def packed_wants(wants: Many[Sampling], banned: Many[tuple[int, int, int]] = ()) -> Ints:
+    """How many rows; temperatures, top-p and seeds, the fractions by their bits; rows, tokens and positions of `banned`.
+
+    Empty where all rows are greedy and nothing is banned (`sampling.Wants`).
+    """
+    if not banned and all(want.temperature == 0 for want in wants):
         return NONE
     fractions = np.array([[want.temperature for want in wants], [want.top_p for want in wants]], np.float64)
-    return np.concatenate([fractions.view(np.int64).ravel(), np.array([want.seed for want in wants], np.int64)])
+    bans = np.array(banned, np.int64).reshape(-1, 3).T.ravel()
+    seeds = np.array([want.seed for want in wants], np.int64)
+    return np.concatenate([np.array([len(wants)], np.int64), fractions.view(np.int64).ravel(), seeds, bans])
 
 
 class DeviceHalf(Protocol):
@@ -85,7 +90,11 @@ class DeviceHalf(Protocol):
 
 
 class Device:
-    """One rank's half. `shape` is the whole model; `place` and `links` say which part of it is here."""
+    """One rank's half. `shape` is the whole model; `place` and `links` say which part of it is here.
+
+    Attributes:
+        choices: what runs attention, quantised products and adapters, and what the cache holds; recorded with measurements.
+    """
 
     def __init__(
         self,
@@ -99,6 +108,7 @@ class Device:
         given: Numerics | None = None,
         adapters: tuple[int, int, tuple[str, ...]] | None = None,
         lora: str = "auto",
+        quantised: str = "auto",
         place: Place | None = None,
         links: Links | None = None,
     ) -> None:
@@ -109,31 +119,46 @@ class Device:
         given = given or numerics(shape)
         width = config.blocks(max_tokens)
         try:
-            self.cache = KVCache(local, config.max_num_seqs, config.num_gpu_blocks, width, config.block_tokens, self.device)
+            self.cache = KVCache(
+                local, config.max_num_seqs, config.num_gpu_blocks, width, config.block_tokens, self.device, config.kv_dtype
+            )
         except torch.OutOfMemoryError as error:
-            raise kv_too_large(local, config.num_gpu_blocks, config.block_tokens, weight_bytes(weights)) from error
+            raise kv_too_large(local, config, weight_bytes(weights)) from error
         rope = None if shape.positions else rope_table(shape.head_dim, width * config.block_tokens, given, self.device)
         self.adapters = None
         if adapters is not None:
             capacity, rank, sites = adapters
             self.adapters = AdapterBank(local, capacity, rank, config.max_num_seqs, tuple(sites), self.device, lora)
         backend_ = attention.choose(backend, local, self.cache, rope)
+        self.choices = {
+            "attention": backend_.name,
+            "kv_dtype": local.dtype if config.kv_dtype == "auto" else config.kv_dtype,
+            "quantised": torchao_products.apply(quantised, weights),
+            "lora": self.adapters.backend if self.adapters is not None else "none",
+        }
         self.model = Transformer(local, weights, backend_, given, self.adapters, self.links)
-        captured = graphs and self.device.type == "cuda"
-        self.steps = Steps(self.model, self.cache, config.max_num_seqs, captured, config.max_num_batched_tokens)
-        self._want: tuple[Tensor, Tensor | None, Tensor] | None = None
+        captured = graphs and self.device.type == "cuda" and backend_.graphs[0]
+        self.steps = Steps(
+            self.model, self.cache, config.max_num_seqs, captured, config.max_num_batched_tokens, backend_.graphs[1]
+        )
+        self._mirror = backend_.mirror
+        self._want: Wants | None = None
 
     # ---- what changes between steps
 
     def rows(self, slots: Ints, wants: Ints) -> None:
         """See `DeviceHalf`."""
         self.steps.slots.copy_(self.to_device(slots))
+        if self._mirror is not None:
+            self._mirror.rows = slots
         self._want = self._unpacked(wants) if len(wants) else None
 
     def grow(self, places: Ints, blocks: Ints) -> None:
         """See `DeviceHalf`."""
         both = self.to_device(np.concatenate([places, blocks]))
         self.cache.tables.view(-1).index_copy_(0, both[: len(places)], both[len(places) :].to(torch.int32))
+        if self._mirror is not None:
+            self._mirror.tables.reshape(-1)[places] = blocks
 
     def tables(self, slots: Ints, blocks: Ints, adapters: Ints) -> None:
         """See `DeviceHalf`."""
@@ -144,6 +169,8 @@ class Device:
         self.cache.tables[:, : rows.shape[1]].index_copy_(0, where, rows)
         if self.adapters is not None:
             self.adapters.of_slot.index_copy_(0, where, mine)
+        if self._mirror is not None:
+            self._mirror.tables[slots, : rows.shape[1]] = blocks.reshape(count, -1)
 
     # ---- steps
 
@@ -154,6 +181,8 @@ class Device:
         if steps.hidden is not None:
             self.links.receive(steps.hidden[: steps.size(rows)])
         step = steps.decode(rows, greedy and alone)
+        if self._mirror is not None:
+            self._mirror.stepped(len(step.slots))
         if greedy and alone:
             return step.tokens
         positions = self.cache.lengths[step.slots].long() + 1
@@ -166,6 +195,8 @@ class Device:
         steps, self.model.adapted = self.steps, adapted
         alone, hidden = self.links.stages == 1, None
         array = self.to_device(packed)
+        if self._mirror is not None:
+            self._plan(packed, bucket)
         if steps.hidden is not None:
             hidden = self.links.receive(steps.hidden[: bucket.rows + bucket.tokens])
         if len(chunks):
@@ -181,9 +212,16 @@ class Device:
         self.cache.last_token.index_copy_(0, step.answered, tokens)
         return tokens
 
-    def _agreed(
-        self, out: Tensor, tokens: Tensor, count: int, want: tuple[Tensor, Tensor | None, Tensor] | None, positions: Tensor
-    ) -> Tensor:
+    def _plan(self, packed: Ints, bucket: Bucket) -> None:
+        """Let the host know what a batch with prompts does to the cache, its decoding rows planned."""
+        assert self._mirror is not None
+        inputs, mirror = Inputs.of(torch.from_numpy(packed), bucket, None), self._mirror
+        if bucket.rows:
+            mirror.rows = inputs.row_slots.numpy()
+            self.model.attention.plan(bucket.rows, False)
+        mirror.moved(inputs.moved.numpy(), inputs.lengths.numpy())
+
+    def _agreed(self, out: Tensor, tokens: Tensor, count: int, want: Wants | None, positions: Tensor) -> Tensor:
         """The step's tokens: sampled by the last stage's rank 0, known to its stage and the first one (zeros between)."""
         links = self.links
         if not links.last:
@@ -192,10 +230,8 @@ class Device:
             return links.receive_back(tokens) if links.first else tokens
         if want is not None:
             logits = self.model.whole(out)
-            temperature, top_p, seeds = (None if x is None else x[:count] for x in want)
-            assert temperature is not None and seeds is not None
             if links.tp_rank == 0:
-                tokens = sample(logits, temperature, top_p, uniform(seeds, positions))
+                tokens = want.choose(logits, positions)
             tokens = links.from_first(tokens)
         if not links.first:
             links.send_back(tokens)
@@ -215,11 +251,13 @@ class Device:
         self.model.adapted = False
         width = self.config.blocks(count)
         self.cache.tables[0, :width] = torch.arange(1, width + 1, dtype=torch.int32, device=self.device)
+        if self._mirror is not None:
+            self._mirror.tables[0, :width] = np.arange(1, width + 1)
         tokens, slots = self.to_device(prompt), torch.empty(0, dtype=torch.int64, device=self.device)
         chunks = Chunks.of([0], [count], [0], self.device)
         hidden = None
         if not links.first:
-            hidden = links.receive(torch.empty(count, self.shape.hidden, dtype=self.cache.k.dtype, device=self.device))
+            hidden = links.receive(torch.empty(count, self.shape.hidden, dtype=self.cache.dtype, device=self.device))
         out = self.model.forward(tokens, chunks.positions.long(), slots, chunks, None, hidden)
         if not links.last:
             links.send_on(out)
@@ -232,7 +270,7 @@ class Device:
 
     def sums(self, elements: int, count: int) -> Tensor:
         """See `DeviceHalf`. By one CUDA graph, as in a decode step; on a CPU it says nothing (zero)."""
-        x = torch.zeros(elements, dtype=self.cache.k.dtype, device=self.device)
+        x = torch.zeros(elements, dtype=self.cache.dtype, device=self.device)
         if self.device.type != "cuda":
             self.links.reduce(x)
             return torch.zeros(1)
@@ -264,8 +302,10 @@ class Device:
         tensor = torch.from_numpy(values)
         return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor
 
-    def _unpacked(self, wants: Ints) -> tuple[Tensor, Tensor | None, Tensor]:
-        temperature, top_p, seeds = wants.reshape(3, -1)
-        fractions = np.stack([temperature, top_p]).view(np.float64).astype(np.float32)
+    def _unpacked(self, wants: Ints) -> Wants:
+        count = int(wants[0])
+        fractions = wants[1 : 1 + 2 * count].view(np.float64).reshape(2, -1).astype(np.float32)
         hot, kept = (torch.from_numpy(x).to(self.device) for x in fractions)
-        return hot, kept if (fractions[1] < 1).any() else None, self.to_device(seeds)
+        seeds, bans = wants[1 + 2 * count : 1 + 3 * count], wants[1 + 3 * count :].reshape(3, -1)
+        banned = self.to_device(np.ascontiguousarray(bans)) if bans.size else None
+        return Wants(hot, kept if (fractions[1] < 1).any() else None, self.to_device(seeds), banned)

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Protocol
 
 import numpy as np
@@ -28,7 +28,7 @@ from systems.common.engine.executor import Batch, DecodeRun
 from systems.common.engine.sequence import Sequence
 from systems.common.errors import InputError
 from systems.common.models import ModelShape
-from systems.common.torch_engine.cache import BlockTables
+from systems.common.torch_engine.cache import BlockTables, token_bytes
 from systems.common.torch_engine.comm import Links
 from systems.common.torch_engine.device import GREEDY, NONE, Device, DeviceHalf, packed_wants
 from systems.common.torch_engine.flights import Flights
@@ -73,7 +73,7 @@ class TorchExecutor:
     """See the module.
 
     Attributes:
-        half: the device half; `device`, `cache`, `model` and `steps` are its parts.
+        half: the device half; `device`, `cache`, `model`, `steps` and `choices` are its parts.
         adapters: the adapters' bank, or None; built where `adapters` (capacity, highest rank, sites) is given.
         outputs: tokens generated so far by request index, those of steps still in flight left out.
         flights: steps on their way, and when those before them ended.
@@ -95,6 +95,7 @@ class TorchExecutor:
         given: Numerics | None = None,
         adapters: tuple[int, int, tuple[str, ...]] | None = None,
         lora: str = "auto",
+        quantised: str = "auto",
         clock: Callable[[], float] = time.perf_counter,
         place: Place | None = None,
         links: Links | None = None,
@@ -106,11 +107,12 @@ class TorchExecutor:
         self.tables = BlockTables(config.max_num_seqs, config.num_gpu_blocks, width, config.block_tokens)
         mine = Device(
             shape, weights, config, max_tokens=max_tokens, backend=backend, graphs=graphs, given=given, adapters=adapters,
-            lora=lora, place=place, links=links,
+            lora=lora, quantised=quantised, place=place, links=links,
         )  # fmt: skip
         self.half: DeviceHalf = mine
         self.device, self.cache, self.model, self.steps = mine.device, mine.cache, mine.model, mine.steps
         self.adapters: Bank | None = mine.adapters
+        self.choices = mine.choices
         self.prompt = prompt or random_prompts(shape.vocab)
         self.sampling = sampling or (lambda _: GREEDY)
         self.outputs: dict[int, list[int]] = {}
@@ -123,6 +125,7 @@ class TorchExecutor:
         self._rows: NDArray[np.int64] = np.empty(0, np.int64)
         self._stale = True
         self._greedy, self._adapted = True, False
+        self._patient, self._banned_steps = False, 0
         self._finished = self._preemptions = 0
         self._stopped: list[Sequence] = []
         self._over: set[int] = set()
@@ -155,6 +158,10 @@ class TorchExecutor:
         tokens = self.half.decode(len(self._rows), self._greedy, self._adapted)
         self.flights.launch(self._decoding, tokens[: len(self._rows)], rows=len(self._rows))
         self.tables.lengths[self._rows] += 1
+        if self._banned_steps:
+            self._banned_steps -= 1
+            if not self._banned_steps:
+                self._stale = True  # all rows may stop now: back to steps that choose by graph
         self._settle(1 if self.overlap else 0)
         return DecodeRun(self.clock() - began, 0.0, 1)
 
@@ -256,9 +263,26 @@ class TorchExecutor:
         padded[: len(self._rows)] = self._rows
         self._adapted = self._any_adapter(self._decoding)
         wants = [self._samplings[s.index] for s in self._decoding]
-        packed = packed_wants(wants + [GREEDY] * (len(padded) - len(wants)))
+        banned = self._banned(enumerate(self._decoding), 1)
+        self._banned_steps = max((until - int(self.tables.lengths[self._rows[row]]) - 1 for row, _, until in banned), default=0)
+        packed = packed_wants(wants + [GREEDY] * (len(padded) - len(wants)), banned)
         self._greedy = not len(packed)
         self.half.rows(padded, packed)
+
+    def _banned(self, rows: Iterable[tuple[int, Sequence]], ahead: int) -> list[tuple[int, int, int]]:
+        """Stop tokens that must not come yet: row, token, position before which it must not.
+
+        The next token of each of `rows` will stand `ahead` places after what `tables.lengths` says.
+        """
+        if not self._patient:
+            return []
+        found = []
+        for row, sequence in rows:
+            want = self._samplings[sequence.index]
+            until = sequence.request.input_tokens + want.min_tokens
+            if until > self.tables.lengths[self._slots[sequence.index]] + ahead:
+                found += [(row, token, until) for token in want.stop_tokens if token < self.shape.vocab]
+        return found
 
     def _any_adapter(self, sequences: list[Sequence]) -> bool:
         return self.adapters is not None and any(s.request.adapter is not None for s in sequences)
@@ -297,7 +321,9 @@ class TorchExecutor:
         wants = [
             GREEDY if s is None else self._samplings[s.index] for s in [*answers[: len(rows)], *padding, *answers[len(rows) :]]
         ]
-        want = packed_wants(wants + [GREEDY] * (bucket.rows + bucket.chunks - len(wants)))
+        at = ((i if i < len(rows) else i + len(padding), s) for i, s in enumerate(answers) if s is not None)
+        banned = self._banned(at, 0)
+        want = packed_wants(wants + [GREEDY] * (bucket.rows + bucket.chunks - len(wants)), banned)
         table = NONE if graphed else np.stack([np.cumsum(new) - new, past, new, slots], 1).astype(np.int64).ravel()
         adapted = self._any_adapter([*decoding, *(sequence for sequence, _, _ in batch.chunks)])
         answer = self.half.mixed(packed, bucket, table, not len(want), adapted, want)
@@ -318,7 +344,8 @@ class TorchExecutor:
             self._over.discard(sequence.index)
         assert len(prompt) == sequence.prompt_tokens, (len(prompt), sequence.prompt_tokens)
         self._prompts[sequence.index] = prompt
-        self._samplings[sequence.index] = self.sampling(sequence.request)
+        self._samplings[sequence.index] = want = self.sampling(sequence.request)
+        self._patient |= want.min_tokens > 0 and bool(want.stop_tokens)
 
     def _upload_tables(self, slots: list[int], sequences: list[Sequence]) -> None:
         used = int(self.tables.held[slots].max())
@@ -351,10 +378,12 @@ def fitting_blocks(
     batched_tokens: int = 8192,
     block_tokens: int = 16,
     memory: tuple[int, int] | None = None,
+    kv_dtype: str = "auto",
 ) -> int:
     """KV blocks that fit beside what the GPU holds already (the weights), using the share `utilisation` of its memory.
 
-    `memory` is (free, total) bytes of the GPU in question, else the current one's; `shape` is what that GPU holds.
+    `memory` is (free, total) bytes of the GPU in question, else the current one's; `shape` is what that GPU holds; `kv_dtype`
+    as in `EngineConfig`.
     Left out of the pool: activations of `batched_tokens` tokens (the widest product and its neighbours), graphs' workspaces.
 
     Raises:
@@ -362,7 +391,7 @@ def fitting_blocks(
     """
     free, total = memory or torch.cuda.mem_get_info()
     activations = int(batched_tokens * (shape.up_width + 2 * shape.mlp + 6 * shape.hidden) * shape.dtype_bytes) + 2**31
-    blocks = int((free - total * (1 - utilisation) - activations) // (shape.kv_bytes_per_token * block_tokens))
+    blocks = int((free - total * (1 - utilisation) - activations) // (token_bytes(shape, kv_dtype) * block_tokens))
     if blocks < 1:
         mend = (
             f"no room for a KV cache: {gib(total - free)} of {gib(total)} hold {shape.name}'s weights, its activations need "

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -109,16 +110,20 @@ class Steps:
         hidden: on a later pipeline stage the residual stream of a step's tokens, filled by the caller; [most tokens, hidden].
     """
 
-    def __init__(self, model: Transformer, cache: KVCache, most: int, graphs: bool, most_tokens: int = 0) -> None:
+    def __init__(
+        self, model: Transformer, cache: KVCache, most: int, graphs: bool, most_tokens: int = 0, prompts: bool = True
+    ) -> None:
+        """Of up to `most` rows and `most_tokens` tokens; by graph if `graphs`, those with prompts if `prompts` too."""
         self.model, self.cache = model, cache
+        self._mirror = model.attention.mirror
         device = cache.k.device
         self.hidden: Tensor | None = None
         if not model.links.first:
             size = max(most, most_tokens) + MIXED_TOKENS[-1] + most
-            self.hidden = torch.zeros(size, model.shape.hidden, dtype=cache.k.dtype, device=device)
+            self.hidden = torch.zeros(size, model.shape.hidden, dtype=cache.dtype, device=device)
         self.slots = torch.full((most,), cache.pad_slot, dtype=torch.int64, device=device)
         self.sizes = buckets(most)
-        self.mixed_rows = [rows for rows in MIXED_ROWS if rows <= most] if graphs and model.fused else []
+        self.mixed_rows = [rows for rows in MIXED_ROWS if rows <= most] if graphs and prompts and model.fused else []
         largest = Bucket(most, MIXED_TOKENS[-1], MIXED_CHUNKS)
         self._packed = torch.zeros(largest.length, dtype=torch.int64, device=device)
         self._decode: Graphs[DecodeStep] | None = Graphs() if graphs else None
@@ -133,10 +138,12 @@ class Steps:
     def decode(self, rows: int, greedy: bool = True) -> DecodeStep:
         """One step of the first `rows` slots. When `greedy` the next tokens are committed to the cache too."""
         size = self.size(rows)
+        if self._decode is not None and (size, greedy, self.model.adapted) not in self._decode:
+            self._capture_decode(size, greedy)
+        if self._mirror is not None:
+            self.model.attention.plan(size, self._decode is not None)
         if self._decode is None:
             return self._decode_step(size, greedy)
-        if (size, greedy, self.model.adapted) not in self._decode:
-            self._capture_decode(size, greedy)
         return self._decode.run((size, greedy, self.model.adapted))
 
     def commit(self, slots: Tensor, tokens: Tensor) -> None:
@@ -159,6 +166,10 @@ class Steps:
         assert self._decode is not None
         kept, received = self.slots.clone(), None if self.hidden is None else self.hidden[:size].clone()
         self.slots.fill_(self.cache.pad_slot)  # the run before the capture must touch no sequence
+        if self._mirror is not None:
+            rows, self._mirror.rows = self._mirror.rows, np.full(len(kept), self.cache.pad_slot, np.int64)
+            self.model.attention.plan(size, True)
+            self._mirror.rows = rows
         self._decode.capture((size, greedy, self.model.adapted), lambda: self._decode_step(size, greedy))
         self.slots.copy_(kept)
         if self.hidden is not None and received is not None:

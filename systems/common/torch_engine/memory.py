@@ -10,6 +10,7 @@ import torch
 from systems.common.engine.config import EngineConfig
 from systems.common.errors import InputError
 from systems.common.models import ModelShape
+from systems.common.torch_engine.cache import token_bytes
 from systems.common.torch_engine.placement import Place
 
 
@@ -50,11 +51,12 @@ def or_say_what_to_lower(shape: ModelShape, place: Place | None, dtype: str | No
         raise InputError("engine", "model", shape.name, mend) from error
 
 
-def kv_too_large(shape: ModelShape, blocks: int, block_tokens: int, weights_bytes: int) -> InputError:
-    """The error for a KV cache of `blocks` blocks that does not fit beside the weights; `shape` is the rank's."""
-    need = blocks * block_tokens * shape.kv_bytes_per_token
+def kv_too_large(shape: ModelShape, config: EngineConfig, weights_bytes: int) -> InputError:
+    """The error for a KV cache that does not fit beside the weights; `shape` is the rank's."""
+    blocks, block_bytes = config.num_gpu_blocks, config.block_tokens * token_bytes(shape, config.kv_dtype)
+    need = blocks * block_bytes
     free = free_bytes()
-    fits = max(0, int(free // (block_tokens * shape.kv_bytes_per_token)))
+    fits = max(0, int(free // block_bytes))
     mend = (
         f"weights {gib(weights_bytes)}, KV cache {gib(need)}, free {gib(free)}: lower num_gpu_blocks below {fits}"
         if fits > 1
@@ -73,7 +75,7 @@ def or_graphs_too_large(shape: ModelShape, config: EngineConfig, weights_bytes: 
     try:
         yield
     except torch.OutOfMemoryError as error:
-        kv = config.num_gpu_blocks * config.block_tokens * shape.kv_bytes_per_token
+        kv = config.num_gpu_blocks * config.block_tokens * token_bytes(shape, config.kv_dtype)
         mend = (
             f"weights {gib(weights_bytes)}, KV cache {gib(kv)}, free {gib(free_bytes())}: "
             f"no room for CUDA graphs, lower it (or max_num_seqs {config.max_num_seqs})"

@@ -36,6 +36,8 @@ SKINNY_TILINGS = {
     "down": Tiling(8, 512, stages=1, dot=False),
     "head": Tiling(4, 1024, stages=1, dot=False),
 }
+KERNELS = ("triton", "flashinfer")
+"""Attention backends of machines that run our kernels."""
 LEAST_INNER = 128
 """Narrower steps leave too little in flight: such widths go to cuBLAS."""
 SKINNY_ROWS = 1
@@ -70,12 +72,13 @@ class Transformer:
         self.links = links or Links()
         self.adapted = False
         self.numerics = given or numerics(shape)
-        self.fused = attention.name == "triton" and not shape.biases and shape.gated
+        self.fused = attention.name in KERNELS and not shape.biases and shape.gated
         inner = {"o": shape.q_width, "down": shape.mlp}
         self.tilings = {site: fitted(tiling, inner.get(site, shape.hidden)) for site, tiling in SKINNY_TILINGS.items()}
-        dense = not isinstance(weights.layers[0].qkv, Quantised)
-        sites = self.tilings if dense else {"head": self.tilings["head"]}
-        self.skinny = self.fused and all(tiling.bk >= LEAST_INNER for tiling in sites.values())
+        first = weights.layers[0].qkv
+        sites = {"head": self.tilings["head"]} if isinstance(first, Quantised) else self.tilings
+        ours = not (isinstance(first, Quantised) and first.library)
+        self.skinny = self.fused and ours and all(tiling.bk >= LEAST_INNER for tiling in sites.values())
 
     def embed(self, tokens: Tensor, positions: Tensor | None) -> Tensor:
         """Token embeddings, plus those of `positions` where the model has them."""

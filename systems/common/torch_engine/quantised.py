@@ -17,7 +17,8 @@ from torch.nn import functional
 
 from systems.common.errors import InputError
 from systems.common.torch_engine.kernels import triton_guard
-from systems.common.torch_engine.kernels.quant_linear import DOT_ROWS, dequantised, quant_linear
+from systems.common.torch_engine.kernels.quant_linear import dequantised, quant_linear
+from systems.common.torch_engine.kernels.quant_tilings import chosen
 from systems.common.torch_engine.linear import Linear
 from systems.common.torch_engine.placement import Span
 
@@ -27,10 +28,11 @@ DTYPES = ("int8", "int4")
 
 @dataclass(slots=True, kw_only=True)
 class Quantised(Linear):
-    """A quantised matrix; `group` inputs share a scale (0: all)."""
+    """A quantised matrix; `group` inputs share a scale (0: all). `library`: `weight` is torchao's (`torchao_products`)."""
 
     scale: Tensor
     group: int
+    library: bool = False
 
     @property
     def inputs(self) -> int:
@@ -109,12 +111,12 @@ def joined(parts: list[Quantised]) -> Quantised:
 def linear(x: Tensor, layer: Linear) -> Tensor:
     """The product x @ weight.T + bias for a dense or a quantised layer.
 
-    On a GPU up to `DOT_ROWS` rows read the quantised weight as it is; more rows make it dense first and use cuBLAS.
+    On a GPU rows as many as there is a tiling for read the quantised weight as it is; more make it dense first and use cuBLAS.
     """
-    if not isinstance(layer, Quantised):
+    if not isinstance(layer, Quantised) or layer.library:
         return functional.linear(x, layer.weight, layer.bias)
     if not (triton_guard.AVAILABLE and x.is_cuda):
         return functional.linear(x, dequantise(layer, x.dtype), layer.bias)
-    if len(x) <= DOT_ROWS:
+    if chosen(len(x), layer.group) is not None:
         return quant_linear(x, layer.weight, layer.scale, layer.group, bias=layer.bias)
     return functional.linear(x, dequantised(layer.weight, layer.scale, layer.group, x.dtype), layer.bias)

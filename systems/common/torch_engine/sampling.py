@@ -15,7 +15,8 @@ from torch import Tensor
 class Sampling:
     """How one request wants its tokens.
 
-    `temperature` 0 is greedy. Generation ends early after one of `stop_tokens` that follows at least `min_tokens` tokens.
+    `temperature` 0 is greedy. Generation ends early after one of `stop_tokens`, none of which is chosen before there are
+    `min_tokens` tokens (as in vLLM).
     """
 
     temperature: float = 0.0
@@ -26,6 +27,35 @@ class Sampling:
 
     def __post_init__(self) -> None:
         assert self.temperature >= 0 and 0 < self.top_p <= 1, self
+
+
+@dataclass(frozen=True, slots=True)
+class Wants:
+    """How the rows of a batch want their tokens, on the device.
+
+    Attributes:
+        temperature, top_p, seeds: [rows]; no `top_p` where all rows keep everything.
+        banned: row, token, and the position before which that token must not come there; [3, bans], None where there are none.
+    """
+
+    temperature: Tensor
+    top_p: Tensor | None
+    seeds: Tensor
+    banned: Tensor | None
+
+    def choose(self, logits: Tensor, positions: Tensor) -> Tensor:
+        """A token for each row of `logits` [rows, vocab], which come to stand at `positions` [rows]. May overwrite `logits`."""
+        count = len(logits)
+        if self.banned is not None:
+            forbid(logits, self.banned, positions)
+        top_p = None if self.top_p is None else self.top_p[:count]
+        return sample(logits, self.temperature[:count], top_p, uniform(self.seeds[:count], positions))
+
+
+def forbid(logits: Tensor, banned: Tensor, positions: Tensor) -> None:
+    """Make tokens impossible in place: each of `banned` (see `Wants`) whose row's position lies before its own."""
+    rows, tokens, until = banned
+    logits[rows, tokens] = torch.where(positions[rows] < until, float("-inf"), logits[rows, tokens])
 
 
 def uniform(seeds: Tensor, positions: Tensor) -> Tensor:

@@ -183,7 +183,10 @@ def weight_bytes(weights: Weights) -> int:
 
 def _tensors(part: object) -> Iterator[Tensor]:
     if isinstance(part, Tensor):
-        yield part
+        for name in getattr(part, "tensor_data_names", ()):  # torchao's
+            yield from _tensors(getattr(part, name))
+        if not hasattr(part, "tensor_data_names"):
+            yield part
     elif isinstance(part, list):
         for one in part:
             yield from _tensors(one)

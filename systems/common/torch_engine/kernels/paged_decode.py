@@ -12,6 +12,9 @@ joins the shares by their log-sum-exp. The new token is handled from registers b
     qkv: [rows, (heads + 2 kv_heads) * head_dim]; slots: [rows]; lengths: [slots]; tables: [slots, blocks of a sequence]
     caches: [blocks, kv_heads, block_tokens, head_dim] of one layer; out: [rows, heads * head_dim]
 
+With scales ([blocks, kv_heads, block_tokens]) the caches are int8 (`cache.rounded`): a key's scale multiplies its score and a
+value's its weight, so nothing is dequantised but by bits. The new token attends to itself as the cache holds it.
+
 Bytes floor: 2 * sum(lengths) * kv_heads * head_dim * size.
 """
 
@@ -22,6 +25,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from systems.common.torch_engine.kernels.integers import narrow8, scale_of, whole
 from systems.common.torch_engine.kernels.triton_guard import jit, tl, triton
 
 FEW_PROGRAMS, PROGRAMS = 264, 528
@@ -48,10 +52,11 @@ def _plan(
 
 @jit(do_not_specialize=["rows"])
 def _decode(
-    qkv, k_cache, v_cache, tables, lengths, slots, rope, out, partial, lse, starts, owner, arrived,
+    qkv, k_cache, v_cache, k_scale, v_scale, tables, lengths, slots, rope, out, partial, lse, starts, owner, arrived,
     scale, table_width, rows,
     HEADS: tl.constexpr, KV: tl.constexpr, D: tl.constexpr, BLOCK_TOKENS: tl.constexpr,
     ROPE: tl.constexpr, GROUP: tl.constexpr, PAD: tl.constexpr, TILE: tl.constexpr, EXACT: tl.constexpr,
+    QUANT: tl.constexpr,
 ):  # fmt: skip
     item, kv = tl.program_id(0), tl.program_id(1)
     if item >= tl.load(starts + rows):
@@ -89,8 +94,19 @@ def _decode(
         place = (tl.load(row_table + past // BLOCK_TOKENS).to(tl.int64) * KV + kv) * BLOCK_TOKENS * D + (
             past % BLOCK_TOKENS
         ) * D
-        tl.store(k_cache + place + d, key)
-        tl.store(v_cache + place + d, value)
+        if QUANT:
+            key_step = scale_of(tl.max(tl.abs(key.to(tl.float32)), 0))
+            value_step = scale_of(tl.max(tl.abs(value.to(tl.float32)), 0))
+            whole_key, whole_value = whole(key, key_step), whole(value, value_step)
+            tl.store(k_scale + place // D, key_step)
+            tl.store(v_scale + place // D, value_step)
+            tl.store(k_cache + place + d, whole_key.to(tl.int8))
+            tl.store(v_cache + place + d, whole_value.to(tl.int8))
+            key = (whole_key * key_step.to(tl.float32)).to(dtype)
+            value = (whole_value * value_step.to(tl.float32)).to(dtype)
+        else:
+            tl.store(k_cache + place + d, key)
+            tl.store(v_cache + place + d, value)
         best = tl.sum(q.to(tl.float32) * key[None, :].to(tl.float32), 1) * log2_scale
         total += 1.0
         acc += value[None, :].to(tl.float32)
@@ -101,14 +117,22 @@ def _decode(
         live = token < end
         block = tl.load(row_table + token // BLOCK_TOKENS, mask=live, other=0).to(tl.int64)
         place = (block * KV + kv) * BLOCK_TOKENS * D + (token % BLOCK_TOKENS) * D
-        k = tl.load(k_cache + place[None, :] + d[:, None], mask=live[None, :], other=0.0)
+        k = tl.load(k_cache + place[None, :] + d[:, None], mask=live[None, :], other=0)
+        if QUANT:
+            k = narrow8(k, dtype)
         score = tl.dot(q, k, input_precision="ieee" if EXACT else "tf32") * log2_scale
+        if QUANT:
+            score = score * tl.load(k_scale + place // D, mask=live, other=0.0).to(tl.float32)[None, :]
         score = tl.where(live[None, :], score, float("-inf"))
         highest = tl.maximum(best, tl.max(score, 1))
         weight = tl.exp2(score - highest[:, None])
         shrink = tl.exp2(best - highest)
-        v = tl.load(v_cache + place[:, None] + d[None, :], mask=live[:, None], other=0.0)
-        acc = acc * shrink[:, None] + tl.dot(weight.to(dtype), v, input_precision="ieee" if EXACT else "tf32")
+        v = tl.load(v_cache + place[:, None] + d[None, :], mask=live[:, None], other=0)
+        scaled = weight
+        if QUANT:
+            v = narrow8(v, dtype)
+            scaled = weight * tl.load(v_scale + place // D, mask=live, other=0.0).to(tl.float32)[None, :]
+        acc = acc * shrink[:, None] + tl.dot(scaled.to(dtype), v, input_precision="ieee" if EXACT else "tf32")
         total = total * shrink + tl.sum(weight, 1)
         best = highest
     head = row * HEADS + kv * GROUP + tl.arange(0, PAD)
@@ -181,20 +205,24 @@ def plan(
 
 def paged_decode(
     qkv: Tensor, k_cache: Tensor, v_cache: Tensor, tables: Tensor, lengths: Tensor, slots: Tensor, rope: Tensor | None,
-    heads: int, scale: float, plan: Plan,
+    heads: int, scale: float, plan: Plan, scales: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
-    """Attention output [rows, heads * head_dim]; stores the new keys and values (not rotated where `rope` is None)."""
+    """Attention output [rows, heads * head_dim]; stores the new keys and values (not rotated where `rope` is None).
+
+    `scales` (of k, of v) where the caches are int8.
+    """
     rows = qkv.shape[0]
     _, kv_heads, block_tokens, head_dim = k_cache.shape
     out = torch.empty(rows, heads * head_dim, dtype=qkv.dtype, device=qkv.device)
     partial = torch.empty(len(plan.owner), heads, head_dim, dtype=torch.float32, device=qkv.device)
     lse = torch.empty(len(plan.owner), heads, dtype=torch.float32, device=qkv.device)
     group = heads // kv_heads
+    k_scale, v_scale = scales or (qkv, qkv)
     _decode[(len(plan.owner), kv_heads)](
-        qkv, k_cache, v_cache, tables, lengths, slots, qkv if rope is None else rope, out, partial, lse,
+        qkv, k_cache, v_cache, k_scale, v_scale, tables, lengths, slots, qkv if rope is None else rope, out, partial, lse,
         plan.starts, plan.owner, plan.arrived, scale, tables.stride(0), rows,
         HEADS=heads, KV=kv_heads, D=head_dim, BLOCK_TOKENS=block_tokens, ROPE=rope is not None, GROUP=group,
         PAD=max(16, triton.next_power_of_2(group)), TILE=plan.tile, EXACT=qkv.dtype == torch.float32,
-        num_warps=plan.warps, num_stages=plan.stages,
+        QUANT=scales is not None, num_warps=plan.warps, num_stages=plan.stages,
     )  # fmt: skip
     return out

@@ -4,31 +4,22 @@
 
     y = x @ dequantise(weight).T                    x: [rows, inner]; weight: [outer, inner] int8 or [outer, inner / 2] uint8
 
-`_row` serves one row on the plain units, with what surrounds the product fused in as in `skinny_linear`; `_dot` serves up to
-`DOT_ROWS` rows on the matrix units, with the inputs split among programs where the outputs alone are too few; `_dense` writes
-the dequantised matrix. Bytes floor of the first two: the weight, outer * inner (int4: half) plus its scales.
+`_row` serves one row on the plain units, with what surrounds the product fused in as in `skinny_linear`. Two kernels serve
+several rows on the matrix units, with the inputs split among programs where the outputs alone are too few: `_dot`, the weights
+as right operand, and `_left`, as left one (`quant_tilings.Tiling.left`). `_dense` writes the dequantised matrix. Bytes floor of
+all but `_dense`: the weight, outer * inner (int4: half) plus its scales.
 
-Integers become floats by bits: 2^23 + n is n in the lowest bits of 2^23's pattern. Conversion instructions run at a quarter of
-the rate, which would bind before the memory does.
+Integers become floats by bits (`integers`): conversion instructions would bind before the memory does.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from systems.common.torch_engine.kernels.integers import narrow4, narrow8, signed
+from systems.common.torch_engine.kernels.quant_tilings import Tiling, chosen
 from systems.common.torch_engine.kernels.triton_guard import jit, tl, triton
-
-DOT_ROWS = 128
-
-
-@jit
-def _signed(byte):
-    """An int8 as float32."""
-    bits = (byte.to(tl.int32) + 128) | 0x4B000000
-    return bits.to(tl.float32, bitcast=True) - 8388736.0
 
 
 @jit
@@ -55,7 +46,7 @@ def _row_product(
                 squares += wide * wide
                 a = (wide * tl.load(gain + at + k, mask=there, other=0.0).to(tl.float32)).to(a.dtype)
             w = tl.load(weight + n[:, None] * INNER + at + k[None, :], mask=live[:, None] & there[None, :], other=0)
-            acc += a.to(tl.float32)[None, :] * _signed(w)
+            acc += a.to(tl.float32)[None, :] * signed(w)
         y = tl.sum(acc, 1) * tl.load(scale + n, mask=live, other=0.0)
         total = tl.sum(squares)
     else:
@@ -109,17 +100,17 @@ def _row(
     tl.store(out + n, y.to(out.dtype.element_ty), mask=live)
 
 
-@jit
+@jit(do_not_specialize=["splits"])
 def _dot(
-    x, weight, scale, out, bias, rows, outer,
+    x, weight, scale, out, bias, rows, outer, splits,
     INNER: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
-    SPLITS: tl.constexpr, BIAS: tl.constexpr, EXACT: tl.constexpr,
+    BIAS: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     column = tl.program_id(0) * BN + tl.arange(0, BN)
     m, n, split = tl.arange(0, BM), column.to(tl.int64), tl.program_id(1)
     live_m, live = m < rows, column < outer
     acc = tl.zeros([BM, BN], tl.float32)
-    pieces = tl.cdiv(tl.cdiv(INNER, BK), SPLITS)
+    pieces = tl.cdiv(tl.cdiv(INNER, BK), splits)
     first = split * pieces * BK
     last = tl.minimum(first + pieces * BK, INNER)
     if GROUP == 0:
@@ -128,7 +119,7 @@ def _dot(
             there = at + k < INNER
             a = tl.load(x + m[:, None] * INNER + at + k[None, :], mask=live_m[:, None] & there[None, :], other=0.0)
             w = tl.load(weight + n[:, None] * INNER + at + k[None, :], mask=live[:, None] & there[None, :], other=0)
-            acc = tl.dot(a, tl.trans(_signed(w).to(a.dtype)), acc, input_precision="ieee" if EXACT else "tf32")
+            acc = tl.dot(a, tl.trans(signed(w).to(a.dtype)), acc, input_precision="ieee" if EXACT else "tf32")
         acc = acc * tl.load(scale + n, mask=live, other=0.0)[None, :]
     else:
         half: tl.constexpr = GROUP // 2
@@ -149,6 +140,46 @@ def _dot(
     tl.store(target, acc.to(out.dtype.element_ty), mask=live_m[:, None] & live[None, :])
 
 
+@jit(do_not_specialize=["splits"])
+def _left(
+    x, weight, scale, out, bias, rows, outer, splits,
+    INNER: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, GROUP: tl.constexpr,
+    BIAS: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    column = tl.program_id(0) * BN + tl.arange(0, BN)
+    m, n, split = tl.arange(0, BM), column.to(tl.int64), tl.program_id(1)
+    live_m, live = m < rows, column < outer
+    acc = tl.zeros([BN, BM], tl.float32)
+    pieces = tl.cdiv(tl.cdiv(INNER, BK), splits)
+    first = split * pieces * BK
+    last = tl.minimum(first + pieces * BK, INNER)
+    if GROUP == 0:
+        k = tl.arange(0, BK)
+        for at in range(first, last, BK):
+            there = at + k < INNER
+            w = tl.load(weight + n[:, None] * INNER + at + k[None, :], mask=live[:, None] & there[None, :], other=0)
+            a = tl.load(x + m[None, :] * INNER + at + k[:, None], mask=live_m[None, :] & there[:, None], other=0.0)
+            acc = tl.dot(narrow8(w, a.dtype), a, acc, input_precision="ieee" if EXACT else "tf32")
+        acc = acc * tl.load(scale + n, mask=live, other=0.0)[:, None]
+    else:
+        half: tl.constexpr = GROUP // 2
+        h = tl.arange(0, half)
+        for at in range(first, last, BK):  # BK is one group
+            w = tl.load(weight + n[:, None] * (INNER // 2) + at // 2 + h[None, :], mask=live[:, None], other=0).to(tl.int16)
+            x_at = x + m[None, :] * INNER + at + h[:, None]
+            low = tl.load(x_at, mask=live_m[None, :], other=0.0)
+            high = tl.load(x_at + half, mask=live_m[None, :], other=0.0)
+            s = tl.load(scale + n * (INNER // GROUP) + at // GROUP, mask=live, other=0.0).to(tl.float32)
+            part = tl.dot(narrow4(w & 15, low.dtype), low, input_precision="ieee" if EXACT else "tf32")
+            part = tl.dot(narrow4(w >> 4, low.dtype), high, part, input_precision="ieee" if EXACT else "tf32")
+            acc += part * s[:, None]
+    if BIAS:  # noqa: SIM102 - the outer one is decided when the kernel is compiled
+        if split == 0:
+            acc += tl.load(bias + n, mask=live, other=0.0).to(tl.float32)[:, None]
+    target = out + (split * rows + m[None, :]).to(tl.int64) * outer + n[:, None]
+    tl.store(target, acc.to(out.dtype.element_ty), mask=live_m[None, :] & live[:, None])
+
+
 @jit
 def _sum(parts, out, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -164,7 +195,7 @@ def _dense(weight, scale, out, INNER: tl.constexpr, BLOCK: tl.constexpr, GROUP: 
     at = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     if GROUP == 0:
         there = at < INNER
-        value = _signed(tl.load(weight + n * INNER + at, mask=there, other=0)) * tl.load(scale + n)
+        value = signed(tl.load(weight + n * INNER + at, mask=there, other=0)) * tl.load(scale + n)
         tl.store(out + n * INNER + at, value.to(out.dtype.element_ty), mask=there)
     else:
         there = at < INNER // 2
@@ -176,30 +207,6 @@ def _dense(weight, scale, out, INNER: tl.constexpr, BLOCK: tl.constexpr, GROUP: 
         tl.store(to + half, (_nibble(w >> 4) * s).to(out.dtype.element_ty), mask=there)
 
 
-@dataclass(frozen=True, slots=True)
-class Tiling:
-    """How a product is cut: outputs and inputs per step, warps, stages, and shares of the inputs (`_dot` only)."""
-
-    bn: int
-    bk: int
-    warps: int = 4
-    stages: int = 2
-    splits: int = 1
-
-
-ROW_TILINGS = {0: Tiling(4, 1024, stages=1), 1: Tiling(4, 2048, stages=1)}
-"""For one row, by whether the weight is int4. Not yet tuned on a GPU (`benchmarks/parallel.py` sweeps them)."""
-
-
-def dot_tiling(rows: int, outer: int, inner: int, group: int) -> Tiling:
-    """For several rows: enough programs for two per multiprocessor of an H200 (132 of them)."""
-    bn = 32 if rows <= 32 else 64
-    splits = 1
-    while splits < 8 and -(-outer // bn) * splits < 256 and inner // (2 * splits) >= 1024:
-        splits *= 2
-    return Tiling(bn, group or 128, 4, 4 if rows <= 32 else 3, splits)
-
-
 def quant_linear(
     x: Tensor, weight: Tensor, scale: Tensor, group: int, *, norm: Tensor | None = None, residual: Tensor | None = None,
     bias: Tensor | None = None, gated: bool = False, eps: float = 1e-5, out: Tensor | None = None, tiling: Tiling | None = None,
@@ -207,11 +214,11 @@ def quant_linear(
     """See the module; `group` 0 is int8. `norm`, `residual` and `gated` as in `skinny_linear`, for one row only."""
     rows, inner = x.shape
     outer = weight.shape[0] // (2 if gated else 1)
-    assert rows <= DOT_ROWS and weight.shape[1] == (inner // 2 if group else inner)
+    how = tiling or chosen(rows, group)
+    assert how is not None and weight.shape[1] == (inner // 2 if group else inner)
     if out is None:
         out = torch.empty(rows, outer, dtype=x.dtype, device=x.device)
     if rows == 1:
-        how = tiling or ROW_TILINGS[int(group > 0)]
         _row[(triton.cdiv(outer, how.bn),)](
             x, weight, scale, out, x if norm is None else norm, x if residual is None else residual,
             x if bias is None else bias, outer, eps, INNER=inner, BN=how.bn, BK=min(how.bk, triton.next_power_of_2(inner)),
@@ -220,15 +227,15 @@ def quant_linear(
         )  # fmt: skip
         return out
     assert norm is None and residual is None and not gated
-    how = tiling or dot_tiling(rows, outer, inner, group)
-    parts = out if how.splits == 1 else torch.empty(how.splits, rows, outer, dtype=torch.float32, device=x.device)
-    _dot[(triton.cdiv(outer, how.bn), how.splits)](
-        x, weight, scale, parts, x if bias is None else bias, rows, outer, INNER=inner,
-        BM=max(16, triton.next_power_of_2(rows)), BN=how.bn, BK=group or how.bk, GROUP=group, SPLITS=how.splits,
+    splits = how.shares(outer, inner)
+    parts = out if splits == 1 else torch.empty(splits, rows, outer, dtype=torch.float32, device=x.device)
+    (_left if how.left else _dot)[(triton.cdiv(outer, how.bn), splits)](
+        x, weight, scale, parts, x if bias is None else bias, rows, outer, splits, INNER=inner,
+        BM=how.rows or max(16, triton.next_power_of_2(rows)), BN=how.bn, BK=group or how.bk, GROUP=group,
         BIAS=bias is not None, EXACT=x.dtype == torch.float32, num_warps=how.warps, num_stages=how.stages,
     )  # fmt: skip
-    if how.splits > 1:
-        _sum[(triton.cdiv(rows * outer, 1024),)](parts, out, rows * outer, SPLITS=how.splits, BLOCK=1024)
+    if splits > 1:
+        _sum[(triton.cdiv(rows * outer, 1024),)](parts, out, rows * outer, SPLITS=splits, BLOCK=1024)
     return out
 
 

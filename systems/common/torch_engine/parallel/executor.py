@@ -198,6 +198,7 @@ def start(
     graphs: bool = True,
     adapters: tuple[int, int, tuple[str, ...]] | None = None,
     lora: str = "auto",
+    quantised: str = "auto",
     **own: Any,  # noqa: ANN401 - TorchExecutor's
 ) -> ParallelExecutor:
     """Start all ranks of `layout` on this host, with this process as rank 0.
@@ -212,11 +213,12 @@ def start(
         device: `cpu` or `cuda`.
         given: numbers the shape leaves out.
         utilisation: share of each GPU's memory to use, where `config` is to be made.
-        max_tokens: as this and the next four `TorchExecutor`'s, on every rank.
+        max_tokens: as this and the next five `TorchExecutor`'s, on every rank.
         backend: of attention.
         graphs: whether to capture CUDA graphs.
         adapters: capacity, rank and sites of the bank.
         lora: how adapters are applied.
+        quantised: what computes products with quantised weights.
         own: `TorchExecutor`'s that concern rank 0 alone.
 
     Raises:
@@ -226,6 +228,7 @@ def start(
     spec = Spec(shape, layout, seed, folder, dtype, device, given)
     spec.place(0)  # refuse what cannot be split before any process starts
     options = {"max_tokens": max_tokens, "backend": backend, "graphs": graphs, "adapters": adapters, "lora": lora}
+    options["quantised"] = quantised
     cluster = Cluster(layout.ranks)
     try:
         cluster.start()
@@ -233,9 +236,10 @@ def start(
         weights = spec.weights(0)
         rooms: list[dict[str, Any]] = [room(spec, 0, weights), *cluster.answers()]
         if callable(config):
+            kv_dtype = config(1).kv_dtype
             config = config(
                 min(
-                    fitting_blocks(spec.place(r).local(shape), utilisation, memory=_memory(rooms[r]))
+                    fitting_blocks(spec.place(r).local(shape), utilisation, memory=_memory(rooms[r]), kv_dtype=kv_dtype)
                     for r in range(layout.ranks)
                 )
             )
