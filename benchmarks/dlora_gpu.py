@@ -13,7 +13,7 @@ on; the file is written after each. Without a GPU the tiny model runs, so that t
 * `prefetch`: the first step after a miss: layer by layer, whole, prefetched, and with nothing missing.
 * `hidden`: unmerged steps while a merge runs aside.
 * `drift`: 10,000 switches on two layers.
-* `policies`: Figure 10 in small: one replica serves skewed requests in real time, unmerged only, merged only, and by credit.
+* `iterations`, `policies`, `heldout`, `adapters`: a replica that serves (benchmarks/dlora_serving.py); they share one runner.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import argparse
 import copy
 import gc
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -35,8 +36,9 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from benchmarks import dlora_serving
+from benchmarks.dlora_serving import SLOTS, random_host_adapter, serving_runner
 from harness.atomic import write_atomically
-from systems.common.core import Request
 from systems.common.engine.config import EngineConfig
 from systems.common.models import ModelShape, model
 from systems.common.torch_engine.drivers import Live
@@ -44,23 +46,24 @@ from systems.common.torch_engine.kernels.merge_lora import MergeTiling
 from systems.common.torch_engine.lora import Adapter, merge, random_adapter
 from systems.common.torch_engine.numerics import DTYPES
 from systems.common.torch_engine.weights import Weights, random_weights
-from systems.dlora.lora_engine.adapters import HostAdapter
 from systems.dlora.lora_engine.bank import SITES, SlotBank
 from systems.dlora.lora_engine.constants import measure_constants
-from systems.dlora.lora_engine.live import LiveReplica, serve
 from systems.dlora.lora_engine.passes import Passes, matrices
 from systems.dlora.lora_engine.runner import LoraRunner
 from systems.dlora.lora_engine.switching import Copy, InPlace, drift_bound, layer_bytes
-from systems.dlora.policies.credit import Credit
-from systems.dlora.policies.static import Fcfs, Merge
-from systems.dlora.replica import engine_config
 
-PARTS = ("correct", "merge", "decode", "figure5", "constants", "prefetch", "hidden", "drift", "policies")
+SERVING = ("iterations", "policies", "heldout", "adapters")
+PARTS = ("correct", "merge", "decode", "figure5", "constants", "prefetch", "hidden", "drift", *SERVING)
 GPU = torch.cuda.is_available()
 DEVICE = "cuda" if GPU else "cpu"
 RUNS = 20 if GPU else 2
 RANK, ROWS, CONTEXT = 16, 16, 512
 BACKENDS = ("grouped", "bmm", "einsum") if GPU else ("bmm", "einsum")
+TILINGS = tuple(
+    MergeTiling(*t)
+    for t in ((64, 256, 8), (64, 128, 4), (32, 128, 4), (32, 128, 2), (64, 64, 4), (64, 64, 2), (128, 64, 4), (32, 64, 2))
+)
+"""Rows, columns and warps that `merge` tries. On an H200 64 x 256 by 4 warps took 2.8 floors and 128 x 128 by 8 took 1.9."""
 SWITCHES = 10_000 if GPU else 200
 
 
@@ -122,6 +125,8 @@ class Bench:
         self.shape, self.seed = shape, seed
         self.small = replace(shape, layers=2)
         self.weights = random_weights(shape, seed, DEVICE)
+        self.server: LoraRunner | None = None
+        self.ends_s = math.inf
         source = torch.empty(2**32 if GPU else 2**20, dtype=torch.uint8, device=DEVICE).random_()
         target = torch.empty_like(source)
         self.copy_bytes_per_s = 2 * source.numel() / on_gpu(lambda: target.copy_(source))["ms"] * 1e3
@@ -153,19 +158,6 @@ class Bench:
         for i in range(known):  # the numbers do not matter here: all names share one adapter's memory
             runner.add(f"a{i}", one)
         return runner
-
-
-def random_host_adapter(bank: SlotBank) -> HostAdapter:
-    """Matrices of one adapter in host memory, pinned on a GPU."""
-
-    def made(room: torch.Tensor, deviation: float) -> torch.Tensor:
-        tensor = torch.empty_like(room[:, 1]).normal_(0, deviation).cpu()
-        return tensor.pin_memory() if GPU else tensor
-
-    return HostAdapter(
-        {site: made(bank.a[site], bank.a[site].shape[-1] ** -0.5) for site in SITES},
-        {site: made(bank.b[site], 0.1 * RANK**-0.5) for site in SITES},
-    )
 
 
 def cast(weights: Weights, dtype: torch.dtype) -> Weights:
@@ -263,11 +255,10 @@ def merging(bench: Bench) -> dict[str, object]:
     bank = bench.bank(bench.shape, 2)
     floor_ms = 2 * layer_bytes(weights) / bench.copy_bytes_per_s * 1e3
     report: dict[str, object] = {"layer_bytes": layer_bytes(weights), "floor_ms": floor_ms}
-    tilings = [MergeTiling(*t) for t in ((64, 256, 8), (64, 256, 4), (32, 256, 4), (64, 128, 4), (128, 128, 8))]
     hows: list[tuple[str, Passes]] = [("addmm", Passes(bank, "addmm")), ("plain", Passes(bank, "plain"))]
     if GPU:
         hows = [("addmm", Passes(bank, "addmm")), ("kernel eager", Passes(bank, "kernel", graphs=False))]
-        hows += [(f"kernel {t.bn}x{t.bk} {t.warps} warps", Passes(bank, "kernel", t)) for t in tilings]
+        hows += [(f"kernel {t.bn}x{t.bk} {t.warps} warps", Passes(bank, "kernel", t)) for t in TILINGS]
     for name, passes in hows:
         try:
             times = {
@@ -549,47 +540,17 @@ def drift(found: Weights, pristine: Weights) -> dict[str, float]:
     return {"rms_over_rms": (square / total) ** 0.5, "max_over_rms": largest}
 
 
-def policies(bench: Bench) -> dict[str, object]:
-    """8 adapters, Poisson arrivals, prompts of 64 tokens and answers of 64, at 1.3 times what unmerged steps alone could serve.
-
-    `skewed`: shares fall by half from adapter to adapter; `spread`: all alike. Latency is per output token (the paper's unit).
-    """
-    runner, count, length = bench.runner(8 if GPU else 3, 8, places=160), 300 if GPU else 60, 64 if GPU else 8
-    runner.warm(ROWS)
-    constants = measure_constants(runner, ROWS if GPU else 4, RUNS)
-    rate = 1.3 * ROWS / (constants.t_unmerged_s * length)
-    report: dict[str, object] = {"constants": asdict(constants), "rate_rps": rate, "requests": count, "tokens": length}
-    shares = {"skewed": 0.5 ** np.arange(8), "spread": np.ones(8)}
-    for name, share in shares.items():
-        rng = np.random.default_rng(bench.seed)
-        arrivals = rng.exponential(1 / rate, count).cumsum()
-        adapters = rng.choice(8, count, p=share / share.sum())
-        asked = [
-            (Request(i, float(at), length, length), int(k)) for i, (at, k) in enumerate(zip(arrivals, adapters, strict=True))
-        ]
-        slots = runner.bank.capacity
-        for policy, chosen in (
-            ("fcfs", Fcfs(slots, ROWS)), ("merge", Merge(ROWS)), ("credit", Credit(8, slots, ROWS, constants.rules())),
-        ):  # fmt: skip
-            config = engine_config(1900 if GPU else 190, ROWS, 2048)
-            replica = LiveReplica(runner, config, chosen, [f"a{i}" for i in range(8)], partial(prompt_of, bench.shape.vocab))
-            before = runner.switches, runner.scheme.passes
-            served = serve(replica, asked)
-            per_token = sorted((s.finish_s - s.arrival_s) / s.output_tokens for s in served)
-            report[f"{name}, {policy}"] = {
-                "mean_s_per_token": statistics.fmean(per_token),
-                "p90_s_per_token": per_token[int(0.9 * count)],
-                "ended_s": max(s.finish_s for s in served),
-                "iterations": replica.iterations,
-                "switches": runner.switches - before[0],
-                "passes": runner.scheme.passes - before[1],
-            }
-    return report
-
-
-def prompt_of(vocab: int, request: Request) -> np.ndarray:
-    """A request's prompt."""
-    return np.random.default_rng(request.index).integers(0, vocab, request.input_tokens)
+def serving(part: str, bench: Bench) -> dict[str, object]:
+    """A part of benchmarks/dlora_serving.py, on the runner that these parts share."""
+    if bench.server is None:
+        bench.server = serving_runner(bench.shape, bench.weights, SLOTS, SLOTS)
+    work: Callable[..., dict[str, object]] = getattr(dlora_serving, part)
+    left_s = max(1.0, bench.ends_s - time.perf_counter())
+    try:
+        return work(bench.server, **({} if part == "iterations" else {"seconds": min(left_s, dlora_serving.SECONDS[part])}))
+    except Exception:
+        bench.server = None  # requests may be left in it
+        raise
 
 
 WORK: dict[str, Callable[[Bench], dict[str, object]]] = {
@@ -601,7 +562,7 @@ WORK: dict[str, Callable[[Bench], dict[str, object]]] = {
     "prefetch": prefetching,
     "hidden": hidden,
     "drift": drifting,
-    "policies": policies,
+    **{part: partial(serving, part) for part in SERVING},
 }
 
 
@@ -621,12 +582,15 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--parts", default=",".join(PARTS))
-    parser.add_argument("--limit-s", type=float, default=240.0, help="no part begins after so many seconds")
+    parser.add_argument(
+        "--limit-s", type=float, default=240.0, help="no part, nor any run of a part that serves, begins after so many seconds"
+    )
     given = parser.parse_args()
     started = time.perf_counter()
     report: dict[str, object] = {"command": sys.argv, "model": given.model, "seed": given.seed, "machine": machine()}
     bench = Bench(model(given.model), given.seed)
     report["copy_bytes_per_s"] = bench.copy_bytes_per_s
+    bench.ends_s = started + given.limit_s
     failed = False
     for part in given.parts.split(","):
         began = time.perf_counter()
@@ -641,6 +605,8 @@ def main() -> int:
             print(f"{part} failed: {error!r}", file=sys.stderr)
         report[f"{part}_took_s"] = time.perf_counter() - began
         print(f"{part}: {report[f'{part}_took_s']:.1f} s", flush=True)
+        if part not in SERVING:
+            bench.server = None
         clean()
         if given.out is not None:
             given.out.parent.mkdir(parents=True, exist_ok=True)
