@@ -2,7 +2,7 @@
 
 `begin` decides an iteration and runs it, `end` books it with the time that it took. Iterations are taken one at a time and
 waited for, so the host's work between two of them (decision, launch) is part of every iteration's time. KV blocks are not
-swapped to the host: a pool that would need it is refused.
+swapped to the host: a pool that would need it is refused, or (`recompute`) the cache is dropped and computed again.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ from systems.common.core import Request
 from systems.common.engine.config import EngineConfig
 from systems.common.engine.executor import DecodeRun
 from systems.common.errors import InputError
+from systems.common.torch_engine.device import GREEDY
+from systems.common.torch_engine.sampling import Sampling
 from systems.dlora.costs import Iteration
+from systems.dlora.formation import Batch
 from systems.dlora.lora_engine.runner import LoraRunner
 from systems.dlora.policies import Plan, Policy
 from systems.dlora.policies.credit import CreditRules
 from systems.dlora.replica import Replica, Run
-from systems.dlora.requests import LoraSequence
+from systems.dlora.requests import LoraSequence, Place
 from systems.dlora.slots import Slots
 
 Tokens = NDArray[np.int64]
@@ -57,19 +60,27 @@ class LiveReplica(Replica):
 
     Attributes:
         runner: what runs the batches. tokens: prompt and answer so far of every unfinished request, by number.
-        answers: output tokens of finished requests.
+        answers: output tokens of finished requests. last: tokens of the last iteration, by request.
+        preemptions: caches dropped for want of room.
     """
 
     def __init__(
-        self, runner: LoraRunner, config: EngineConfig, policy: Policy, adapters: Sequence[str],
+        self, runner: LoraRunner, config: EngineConfig, policy: Policy, adapters: Sequence[str | None],
         prompt: Callable[[Request], Tokens], index: int = 0, clock: Callable[[], float] = time.perf_counter,
+        sampling: Callable[[Request], Sampling] = lambda _: GREEDY, recompute: bool = False,
     ) -> None:  # fmt: skip
-        """`adapters`: name of each adapter number. `prompt`: a request's tokens."""
+        """`adapters`: name of each adapter number; None is the base model. `prompt`: a request's tokens.
+
+        `sampling`: how a request wants its tokens; one of its stop tokens ends it early. `recompute`: where KV blocks, or
+        places for requests that hold some, run out, those that came last lose their cache.
+        """
         super().__init__(index, config, policy, _Unpriced(), Slots(runner.bank.capacity))
-        self.runner, self.clock = runner, clock
+        self.runner, self.clock, self.recompute = runner, clock, recompute
         self.tokens: dict[int, list[int]] = {}
         self.answers: dict[int, list[int]] = {}
-        self._adapters, self._prompt = adapters, prompt
+        self.last: dict[int, int] = {}
+        self.preemptions = 0
+        self._adapters, self._prompt, self._sampling = adapters, prompt, sampling
 
     def submit(self, sequence: LoraSequence) -> None:
         """As `Replica.submit`."""
@@ -89,19 +100,24 @@ class LiveReplica(Replica):
         plan = self.policy.plan(self.queue)
         self.decisions += 1
         batch = self.pool.form(plan.order, self.queue)
-        if batch.swapped_out_blocks:
+        if self.recompute:
+            self._make_room(batch)
+        elif batch.swapped_out_blocks:
             mend = "too few for what runs at once, and a live replica does not swap: raise it, or lower max_num_seqs"
             raise InputError("dlora", "num_gpu_blocks", self.config.num_gpu_blocks, mend)
         for sequence in batch.prefills:
             whole = np.array(self.tokens[sequence.index][: sequence.prompt_tokens], np.int64)
-            self.runner.admit(sequence.index, whole, self._adapters[sequence.adapter])
+            want = self._sampling(sequence.request)
+            self.runner.admit(sequence.index, whole, self._adapters[sequence.adapter], want, sequence.generated)
             if sequence.scheduled_s != sequence.scheduled_s:
                 sequence.scheduled_s = now_s
         prefills, decodes = ([s.index for s in part] for part in (batch.prefills, batch.decodes))
         launched = self.runner.launch(prefills, decodes, self._merged(plan))
-        self.runner.prefetch([self._adapters[s.adapter] for s in self.queue.order[: LOOK_AHEAD * self.config.max_num_seqs]])
-        for index, token in launched.read().items():
-            self.tokens[index].append(token)
+        coming = [self._adapters[s.adapter] for s in self.queue.order[: LOOK_AHEAD * self.config.max_num_seqs]]
+        self.runner.prefetch([name for name in coming if name is not None])
+        self.last = launched.read()
+        for sequence in batch.sequences:
+            self._take(sequence, self.last[sequence.index])
         self.switches = self.runner.switches
         self.run = Run(plan, batch, now_s, 0.0, DecodeRun(self.clock() - began_s), 1)
         return self.run.end_s()
@@ -113,6 +129,32 @@ class LiveReplica(Replica):
             self.runner.finish(sequence.index)
             self.answers[sequence.index] = self.tokens.pop(sequence.index)[-sequence.output_tokens :]
         return done
+
+    def _take(self, sequence: LoraSequence, token: int) -> None:
+        """A request's next token; it ends with it where that is one of its stop tokens."""
+        self.tokens[sequence.index].append(token)
+        want, count = self._sampling(sequence.request), sequence.generated + 1
+        if token in want.stop_tokens and count > want.min_tokens:
+            sequence.output_tokens = count
+
+    def _make_room(self, batch: Batch) -> None:
+        """Drop the caches that `form` would have swapped out, and as many more as the batch's prompts need places."""
+        swapped = [s for s in self.queue if s.place is Place.SWAPPED] if batch.swapped_out_blocks else []
+        for sequence in swapped:  # its blocks are free already
+            self._drop(sequence)
+        short = len(self.runner.requests) + len(batch.prefills) - self.runner.live.engine.config.max_num_seqs
+        if short > 0:
+            running = set(batch.decodes)
+            paused = [s for s in reversed(self.queue.order) if s.place is Place.READY and s not in running]
+            for sequence in paused[:short]:
+                self.pool.release(sequence)
+                sequence.preemptions += 1
+                self._drop(sequence)
+
+    def _drop(self, sequence: LoraSequence) -> None:
+        self.runner.finish(sequence.index)
+        sequence.forget_cache()
+        self.preemptions += 1
 
     def _merged(self, plan: Plan) -> str | None:
         return None if plan.merged is None else self._adapters[plan.merged]

@@ -21,11 +21,12 @@ from torch import Tensor
 from systems.common.engine.config import EngineConfig
 from systems.common.errors import InputError
 from systems.common.models import ModelShape
-from systems.common.torch_engine.device import NONE, Device
+from systems.common.torch_engine.device import GREEDY, NONE, Device, packed_wants
 from systems.common.torch_engine.drivers import Live
 from systems.common.torch_engine.graphs import MIXED_CHUNKS, MIXED_TOKENS, PROMPT_TOKENS
 from systems.common.torch_engine.lora import Adapter
 from systems.common.torch_engine.mixed import Bucket, nothing, pack
+from systems.common.torch_engine.sampling import Sampling
 from systems.common.torch_engine.weights import Weights
 from systems.dlora.lora_engine.adapters import HostAdapter, check
 from systems.dlora.lora_engine.bank import SITES, SlotBank
@@ -39,11 +40,16 @@ WAITS = ("auto", "layers", "whole")
 
 @dataclass(slots=True)
 class Held:
-    """A request in the runner: its slot, its adapter (None: the base model), its prompt."""
+    """A request in the runner: its slot, its adapter (None: the base model), its prompt, how it wants its tokens.
+
+    `until`: position before which none of its stop tokens may come.
+    """
 
     slot: int
     adapter: str | None
     prompt: Ints
+    sampling: Sampling = GREEDY
+    until: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,8 +159,11 @@ class LoraRunner:
 
     # ---- requests
 
-    def admit(self, index: int, prompt: Ints, adapter: str | None) -> None:
+    def admit(self, index: int, prompt: Ints, adapter: str | None, sampling: Sampling = GREEDY, answered: int = 0) -> None:
         """Take a request in; it holds a place until it finishes, also while it pauses.
+
+        Its stop tokens end nothing here, which is the caller's affair, but none comes before its `min_tokens` tokens. The last
+        `answered` tokens of the prompt are such as it has got already.
 
         Raises:
             InputError: an unknown adapter, a prompt that is too long, or no place (`max_num_seqs`, which bounds the requests
@@ -169,7 +178,9 @@ class LoraRunner:
             )
         if adapter is not None:
             self.store.residents.begin(adapter)
-        self.requests[index] = Held(self.live.executor.tables.take_slot(), adapter, np.asarray(prompt, np.int64))
+        slot = self.live.executor.tables.take_slot()
+        until = len(prompt) - answered + sampling.min_tokens if sampling.stop_tokens else 0
+        self.requests[index] = Held(slot, adapter, np.asarray(prompt, np.int64), sampling, until)
 
     def finish(self, index: int) -> None:
         """A request has ended, or moves away: its slot and blocks are free."""
@@ -214,18 +225,20 @@ class LoraRunner:
 
     def _decode(self, decode: Sequence[int], adapted: bool) -> Launched:
         executor = self.live.executor
-        rows = self._slots(decode)
+        rows, wants = self._slots(decode), self._wants(decode)
+        banned = self._banned(decode, range(len(rows)), (executor.tables.lengths[rows] + 1).tolist())
+        greedy = not banned and all(want.temperature == 0 for want in wants)
         self._tell_adapters(rows, decode, adapted)
         if not np.array_equal(rows, self._rows):
             padded = np.full(len(executor.steps.slots), executor.cache.pad_slot, np.int64)
             padded[: len(rows)] = rows
-            self.half.rows(padded, NONE)
+            self.half.rows(padded, NONE if greedy else packed_wants(wants + [GREEDY] * (len(padded) - len(rows)), banned))
             self._rows = rows
         self._grow(rows)
-        if adapted and self._by_layers(decode, graphed=True):
+        if adapted and self._by_layers(decode, graphed=True, may=greedy):
             tokens = self._eager_decode(len(rows))
         else:
-            tokens = self.half.decode(len(rows), True, adapted)
+            tokens = self.half.decode(len(rows), greedy, adapted)
         executor.tables.lengths[rows] += 1
         return Launched(list(decode), tokens, list(range(len(rows))))
 
@@ -261,16 +274,22 @@ class LoraRunner:
         lengths = tables.lengths[rows].astype(np.int64)
         packed = pack(bucket, prompts, rows, lengths, past, slots, ended, pad)
         table = NONE if graphed else np.stack([np.cumsum(new) - new, past, new, slots], 1).astype(np.int64).ravel()
-        tokens = self.half.mixed(packed, bucket, table, True, adapted, NONE)
-        self.bank.awaited = []
         places = [*range(len(rows)), *(bucket.rows + i for i in range(len(new)))]
+        banned = self._banned([*decode, *prefill], places, [*lengths.tolist(), *new.tolist()])
+        padding = [GREEDY] * (bucket.rows - len(rows)), [GREEDY] * (bucket.chunks - len(new))
+        wants = packed_wants([*self._wants(decode), *padding[0], *self._wants(prefill), *padding[1]], banned)
+        tokens = self.half.mixed(packed, bucket, table, not len(wants), adapted, wants)
+        self.bank.awaited = []
         return Launched([*decode, *prefill], tokens, places)
 
-    def _by_layers(self, indices: Sequence[int], graphed: bool) -> bool:
-        """Whether to step layer by layer, as adapters of the batch still arrive; else the stream waits for them here."""
+    def _by_layers(self, indices: Sequence[int], graphed: bool, may: bool = True) -> bool:
+        """Whether to step layer by layer, as adapters of the batch still arrive; else the stream waits for them here.
+
+        An eager decode step takes the likeliest tokens: it is for batches that want those (`may`).
+        """
         slots = {int(place) for place in self._places(indices, True)}
         copies = self.store.coming(slots)
-        if copies and (self.wait == "layers" or (self.wait == "auto" and not graphed)):
+        if copies and may and (self.wait == "layers" or (self.wait == "auto" and not graphed)):
             self.bank.awaited = copies
             return True
         self.store.wait(copies)
@@ -278,6 +297,18 @@ class LoraRunner:
 
     def _slots(self, indices: Sequence[int]) -> Ints:
         return np.array([self.requests[i].slot for i in indices], np.int64)
+
+    def _banned(self, indices: Sequence[int], places: Sequence[int], positions: Sequence[int]) -> list[tuple[int, int, int]]:
+        """Stop tokens that must not come yet (`sampling.Wants`); request `indices[i]` answers at `places[i]`."""
+        found: list[tuple[int, int, int]] = []
+        for index, place, position in zip(indices, places, positions, strict=True):
+            if (held := self.requests[index]).until > position:
+                tokens = [token for token in held.sampling.stop_tokens if token < self.bank.shape.vocab]
+                found += [(place, token, held.until) for token in tokens]
+        return found
+
+    def _wants(self, indices: Sequence[int]) -> list[Sampling]:
+        return [self.requests[i].sampling for i in indices]
 
     def _places(self, indices: Sequence[int], adapted: bool) -> Ints:
         slot_of = self.store.residents.slot_of if adapted else {}
