@@ -7,7 +7,7 @@ One GPU, about eight minutes. Each part writes `DIR/llmstation.json` anew, so th
 
 * `correct`: tokens served with and without tuning beside; losses tuned with and without serving beside.
 * `slowdown`: decode steps and prompts alone and beside tuning, tasklets alone and beside serving; also as
-  `DIR/corun_slowdowns.csv`, which the simulator reads (systems/common/hardware/interference_table.py).
+  `DIR/corun_slowdowns.csv`, which the simulator reads; `python -m systems.llmstation.calibrate` measures more of them.
 * `policies`: P99 TTFT and TPOT and tuning samples/s of every system at some request rates, with fixed knobs, one workload.
 
 `--hardware cpux1` runs all of it with a tiny model on a CPU.
@@ -16,29 +16,25 @@ One GPU, about eight minutes. Each part writes `DIR/llmstation.json` anew, so th
 from __future__ import annotations
 
 import argparse
-import csv
 import json
-import statistics
 import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from systems.common.core import Request, Trial
-from systems.common.hardware.interference_table import COLUMNS
+from systems.llmstation.calibrate.beside import TINY, Effort, Sharing, slowdowns
+from systems.llmstation.calibrate.rows import text
 from systems.llmstation.corun.beside import Beside
 from systems.llmstation.corun.measure import wanted_of
-from systems.llmstation.corun.observed import Step, co_run
-from systems.llmstation.corun.pace import Counted, Pace, Waiting
+from systems.llmstation.corun.pace import Counted
 from systems.llmstation.corun.session import Session, make_trainer, session
 from systems.llmstation.experiments import colocation
-from systems.llmstation.modes import FixedMode
-from systems.llmstation.planner import CoRunLatencies
 
 KV_BLOCKS = 8_000
 """128,000 tokens: enough for these rates, and this process keeps its pool while pairs of others run."""
@@ -150,81 +146,18 @@ class Script:
     # ---- slowdown
 
     def slowdown(self) -> dict[str, Any]:
-        """Decode steps by batch, prompts by tokens, each alone and beside tasklets."""
-        held, rows = self.held(), []
-        alone = self._tasklets_alone(held)
-        found: dict[str, Any] = {
-            "tasklet_alone_ms": {phase: 1e3 * s for phase, s in alone.items()},
-            "decode": [],
-            "prefill": [],
+        """Decode steps by batch, prompts by tokens, each alone and beside tuning."""
+        sharing = Sharing(self.held(), TINY if self.cpu else Effort())
+        tokens = self.held().wanted.tuning_tokens
+        points = [("decode", batch) for batch in ((1, 4) if self.cpu else (1, 8, 32, 64, 128))]
+        points += [("prefill", size) for size in ((16, 32) if self.cpu else (128, 512, 2000))]
+        rows = [row for found in slowdowns(sharing, tokens, points) for row in found]
+        (self.options.out / "corun_slowdowns.csv").write_text(text(rows), encoding="utf-8")
+        return {
+            "tasklet_alone_ms": {phase: 1e3 * s for phase, s in sharing.tasklet_s[tokens].items()},
+            "alone_ms": {f"{phase} {size}": 1e3 * s for (phase, size), s in sharing.alone_s.items()},
+            "rows": [row.cells() for row in rows],
         }
-        for batch in (1, 4) if self.cpu else (1, 8, 32, 64, 128):
-            for tasklets in (2, 6, 12):
-                found["decode"].append(self._decode(held, batch, tasklets, alone))
-        for tokens in (16, 32) if self.cpu else (128, 512, 2000):
-            found["prefill"].append(self._prefill(held, tokens, alone))
-        for phase in alone:
-            for entry in (*(e for e in found["decode"] if e["tasklets"] == 6), *found["prefill"]):
-                if phase in entry["by_phase"]:
-                    rows.append({**entry["key"], "tuning_phase": phase, "sm_limit": 1.0, **entry["by_phase"][phase]})
-        with (self.options.out / "corun_slowdowns.csv").open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
-        return found
-
-    @staticmethod
-    def _tasklets_alone(held: Session) -> dict[str, float]:
-        tuner = held.tuner()
-        while tuner.launched < 5 * tuner.length:
-            tuner.wait_for_room()
-            tuner.launch()
-        tuner.drain()
-        return medians((ran.phase, ran.end.after_s(ran.begin)) for ran in tuner.take()[tuner.length :])
-
-    def _steps(self, held: Session, pace: Pace, requests: list[Request]) -> list[Step]:
-        steps: list[Step] = []
-        beside = Beside(held.lanes, held.tuner(), pace)
-        beside.seen.append(steps.append)
-        held.colocated(beside).serve(requests, 120.0)
-        assert beside.tuner is not None
-        beside.tuner.drain()
-        return steps
-
-    def _decode(self, held: Session, batch: int, tasklets: int, tasklet_s: dict[str, float]) -> dict[str, Any]:
-        length = 16 if self.cpu else 512
-        count = 40 if self.cpu else 160
-        requests = [Request(i, 0.0, length, min(count, held.executor.max_tokens - length)) for i in range(batch)]
-        steps = [s for s in self._steps(held, Counted(tasklets, pause=4), requests) if s.place is not None][4:]
-        alone = statistics.median(s.took_s for s in steps if not s.overlap_s)
-        shared = [s for s in steps if s.overlap_s and len(s.tasklets_s) == 1]
-        by_phase = {}
-        for phase in tasklet_s:
-            mine = [s for s in shared if phase in s.tasklets_s]
-            if not mine:
-                continue
-            seen = [_seen(alone, step, phase, held.wanted.shape.layers) for step in mine]
-            by_phase[phase] = {
-                "serving_slowdown": max(1.0, statistics.median(x.decode_s / x.decode_alone_s for x in seen)),
-                "tuning_slowdown": max(1.0, statistics.median(x.tuning_s for x in seen) / tasklet_s[phase]),
-            }
-        step_ms = 1e3 * statistics.median(s.took_s for s in shared) if shared else None
-        key = {"serving_phase": "decode", "serving_size": batch, "tuning_tokens": held.wanted.tuning_tokens}
-        return {"key": key, "tasklets": tasklets, "alone_ms": 1e3 * alone, "shared_ms": step_ms, "by_phase": by_phase}
-
-    def _prefill(self, held: Session, tokens: int, tasklet_s: dict[str, float]) -> dict[str, Any]:
-        requests = [Request(i, 0.03 * i, tokens, 1) for i in range(8 if self.cpu else 40)]
-        alone = [s.took_s for s in self._steps(held, Counted(0), requests) if s.place is None][2:]
-        steps = [s for s in self._steps(held, Waiting(FixedMode()), requests) if s.place is None][2:]
-        by_phase = {}
-        for phase in tasklet_s:
-            mine = [s for s in steps if phase in s.tasklets_s and len(s.tasklets_s) == 1]
-            if mine:
-                beside = statistics.median(t for s in mine for t in s.tasklets_s[phase])
-                slow = statistics.median(s.took_s for s in mine) / statistics.median(alone)
-                by_phase[phase] = {"serving_slowdown": max(1.0, slow), "tuning_slowdown": max(1.0, beside / tasklet_s[phase])}
-        key = {"serving_phase": "prefill", "serving_size": tokens, "tuning_tokens": held.wanted.tuning_tokens}
-        return {"key": key, "alone_ms": 1e3 * statistics.median(alone), "steps": len(steps), "by_phase": by_phase}
 
     # ---- policies
 
@@ -257,18 +190,6 @@ class Script:
         said = [f"{metrics[key]:.4g}" for key in ("ttft_p99_s", "tpot_p99_s", "peft_samples_per_s")]  # type: ignore[str-format]
         print(f"{name:18} {rate:6g} req/s: P99 TTFT {said[0]} s, P99 TPOT {said[1]} s, {said[2]} samples/s", flush=True)
         return {"policy": name, "rate_rps": rate, **parameters, "metrics": dict(metrics), "notes": list(outcome.notes)}
-
-
-def _seen(alone_s: float, step: Step, phase: str, layers: int) -> CoRunLatencies:
-    return co_run(alone_s, step.took_s, min(step.overlap_s, step.took_s), statistics.mean(step.tasklets_s[phase]), layers)
-
-
-def medians(pairs: Iterable[tuple[str, float]]) -> dict[str, float]:
-    """The median of each key's numbers."""
-    by_key: dict[str, list[float]] = {}
-    for key, value in pairs:
-        by_key.setdefault(key, []).append(value)
-    return {key: statistics.median(values) for key, values in by_key.items()}
 
 
 def machine() -> dict[str, Any]:

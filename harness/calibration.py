@@ -1,8 +1,8 @@
 """What the rules of workflows/calibrate.smk are told: which GPUs can be measured, and which have been.
 
-Measurements live under `reference/<gpu>/`: `calibrated/<model>/` as `systems.common.calibrate` writes it, and
-`fidelity/<model>/<workload>/` as `systems.common.measure` does; `colocation/<model>/<workload>/` holds runs of serving and
-tuning on one GPU, as `systems.llmstation.colocation_fidelity` makes it.
+Measurements live under `reference/<gpu>/`. `calibrated/<model>/` is what `systems.common.calibrate` and
+`systems.llmstation.calibrate` write, `fidelity/<model>/<workload>/` what `systems.common.measure` does, and
+`colocation/<model>/<workload>/` holds runs of serving and tuning on one GPU, made by `systems.llmstation.colocation_fidelity`.
 """
 
 from __future__ import annotations
@@ -35,8 +35,11 @@ def calibrations(config: Config, refuse: Callable[[InputError], object]) -> Call
         if config.hardware == "paper":
             mend = "say which GPU this machine has: --config hardware=h200x1"
             refuse(InputError("--config", "hardware", config.hardware, mend))
-        gpu = re.sub(r"(?<=\d)x\d+$", "", config.hardware)  # names of GPUs end in a digit, as in rtx4090x2
-        return [f"{config.results}/calibrated/{gpu}/{MODEL}/meta.yaml"]
+        count = re.search(r"(?<=\d)x(\d+)$", config.hardware)  # names of GPUs end in a digit, as in rtx4090x2
+        gpu = config.hardware.removesuffix(count[0]) if count else config.hardware
+        folder = f"{config.results}/calibrated/{gpu}"
+        several = [f"{folder}/all_reduce.csv"] if count and int(count[1]) > 1 else []
+        return [*(f"{folder}/{MODEL}/{name}.yaml" for name in ("meta", "corun")), *several]
 
     return files
 

@@ -31,7 +31,12 @@ def system_version(system: str) -> str:
 
 def executing_version(backend: str) -> list[str]:
     """The version of the code that runs models, for the `measured` backend; nothing for the others."""
-    return [_version((ROOT / EXECUTING,))] if backend == "measured" else []
+    return [_executing()] if backend == "measured" else []
+
+
+@cache
+def _executing() -> str:
+    return _version((ROOT / EXECUTING,))
 
 
 @cache

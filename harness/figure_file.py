@@ -56,6 +56,7 @@ class Measured(Model):
     """What the `measured` backend puts over the figure: there a trial lasts as long as its workload."""
 
     parameters: dict[Name, Value] = Field(default_factory=dict)
+    """Put over the figure's parameters; null leaves one of them out."""
     levels: dict[Name, list[Cell]] = Field(default_factory=dict)
     """Per factor, the levels that it keeps, by value; absent: all."""
     tolerance: float | None = Field(default=None, gt=0, lt=1)
@@ -165,7 +166,9 @@ class RescaleRules(Model):
     experiment: str
     """What is run to find the factors: serving alone."""
     parameters: dict[Name, Value] = Field(default_factory=dict)
-    """Put over the figure's parameters for these runs."""
+    """Put over the figure's parameters for these runs; null leaves one of them out."""
+    measured: dict[Name, Value] = Field(default_factory=dict)
+    """Put over those where they are measured: to check what the simulator found, or to search."""
     rate: Name
     """The parameter of these runs that is the request rate."""
     low: float = Field(gt=0)
@@ -235,11 +238,11 @@ class FigureFile(Model):
         kept = {name: _keeping(self.factors[name], values) for name, values in rules.levels.items()}
         search = self.search.model_copy(update=given) if self.search else None
         told: dict[str, Any] = {
-            "parameters": {**self.parameters, **rules.parameters},
+            "parameters": without_nulls({**self.parameters, **rules.parameters}),
             "factors": {**self.factors, **kept},
             "search": search,
         }
-        told["smoke"] = Smoke(parameters={**self.smoke.parameters, **rules.parameters})
+        told["smoke"] = Smoke(parameters=without_nulls({**self.smoke.parameters, **rules.parameters}))
         return self.model_copy(update=told)
 
     @property
@@ -336,6 +339,11 @@ class FigureFile(Model):
         levels = [factor.levels_at(smoke) for factor in self.factors.values()]
         combinations = [dict(zip(self.factors, chosen, strict=True)) for chosen in itertools.product(*levels)]
         return [_point(fixed, combination, self.judging) for combination in combinations]
+
+
+def without_nulls(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """`parameters` without those that are null."""
+    return {name: value for name, value in parameters.items() if value is not None}
 
 
 def _keeping(factor: Factor, values: Sequence[Scalar]) -> Factor:

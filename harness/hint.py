@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from harness.search import Answer, Probe, SearchSpace, search
+from harness.search import Answer, Probe, SearchRules, SearchSpace, search
 
 
 @dataclass(frozen=True, slots=True)
 class Hint:
-    """What the simulator found at one point: its knobs, if any met the limits, and how many probes it took from nothing."""
+    """What the simulator found at one point: its knobs, if any met the limits.
+
+    `probes` is how many a search as coarse as the measured one takes from nothing.
+    """
 
     knobs: Mapping[str, float] | None
     probes: int
@@ -23,9 +26,14 @@ class Hint:
         return space.model_copy(update={"knobs": knobs})
 
 
-def hint(space: SearchSpace, ask: Callable[[Probe], Answer]) -> Hint:
-    """Search `space` by `ask`, which simulates."""
-    verdict, answers = search(space, ask)
+def hint(space: SearchSpace, fine: SearchRules, ask: Callable[[Probe], Answer]) -> Hint:
+    """Search `space` by `ask`, which simulates: by the rules `fine` for where the answer is, by its own for their number.
+
+    One seed a setting: what is simulated is the very workload that will be measured, whose noise both share.
+    """
+    finer = {"tolerance": fine.tolerance, "repeats": 1, "budget": fine.budget}
+    verdict, _ = search(space.model_copy(update=finer), ask)
+    _, answers = search(space.model_copy(update={"budget": fine.budget}), ask)
     return Hint(verdict.knobs, len(answers))
 
 

@@ -41,6 +41,9 @@ def record(path: Path, results: Path, config: Config, root: Path = REFERENCE) ->
     figure, system = load_figure(path), system_of(path)
     run = results / measured.run_name / system / path.stem
     reference = Reference.of(system, path.stem, measured.testbed(figure.testbed), root)
+    for series in figure.series:
+        if not (run / "series" / f"{series.name}.parquet").is_file():
+            raise InputError(run, "series", series.name, "was not measured: measure the figure first")
     read = {series.name: read_rows(run / "series" / f"{series.name}.parquet") for series in figure.series}
     store = TrialStore(results / "trials")
     origin = {

@@ -6,6 +6,9 @@
 A rate counts as sustained while the metrics in `within` hold; on the new testbed these move with their own latency
 factors. Both saturation rates are found by the same search as every knob. The trials are kept like all others.
 
+Where a figure is measured on a GPU for which the simulator is calibrated, the factors are the simulator's, and one measured
+run at the saturation rate that it found says how far it was right; on other GPUs the search itself is measured.
+
     python -m harness.rescale --figure figures/<system>/<figure>.yaml --results DIR --config-json '{"hardware": "h100x2"}'
         [--datasets NAME.json...] --out rescale.json
 
@@ -24,8 +27,9 @@ from typing import Any
 
 from harness import cli
 from harness.atomic import write_atomically
+from harness.code_version import calibrations
 from harness.config import Config, config_from_json
-from harness.figure_file import Factor, FigureFile, Level, RescaleRules, load_figure, system_of
+from harness.figure_file import Factor, FigureFile, Level, RescaleRules, load_figure, system_of, without_nulls
 from harness.manifest import Manifest, read_manifests
 from harness.orphans import end_with_parent
 from harness.reference import Reference
@@ -47,6 +51,8 @@ class Moved:
     hardware: str
     saturation_rps: tuple[float, float]
     unloaded: Mapping[str, tuple[float, float]]
+    how: str = ""
+    """How the numbers of the new testbed were found, where not by the figure's own backend."""
 
     @property
     def rate_factor(self) -> float:
@@ -62,7 +68,8 @@ class Moved:
         before, after = self.saturation_rps
         latencies = [f"{name} x {self.latency_factor(name):.3g}" for name in self.unloaded]
         rates = f"rates x {self.rate_factor:.3g} (saturation {before:.3g} to {after:.3g} req/s)"
-        return f"rescaled from {self.testbed}: {', '.join([rates, *latencies])}"
+        how = f"; {self.how}" if self.how else ""
+        return f"rescaled from {self.testbed}: {', '.join([rates, *latencies])}{how}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +90,9 @@ class Finder:
             InputError: a testbed holds the limits at every rate from `low` to `high`, or at none.
         """
         before, after = self.figure.testbed, self.config.testbed(self.figure.testbed)
-        foreseen = self._foreseen()
+        foreseen = self.foreseen()
+        if foreseen and is_calibrated(after):
+            return self.checked(foreseen)
         low = self.rules.low * (foreseen.rate_factor if foreseen else 1.0)  # more requests in as short a run
         old, new = self._unloaded(before, self.rules.low), self._unloaded(after, low)
         unloaded = {limit: (old[limit], new[limit]) for limit in self.rules.latencies}
@@ -97,15 +106,25 @@ class Finder:
         rates = self._saturation(before, self.rules.within), self._saturation(after, limits, start)
         return Moved(before, after, rates, unloaded)
 
-    def _foreseen(self) -> Moved | None:
+    def foreseen(self) -> Moved | None:
         """Where it is measured: what the simulator finds, if it knows the hardware."""
         if self.config.backend != "measured":
             return None
         try:
-            return replace(self, config=self.config.model_copy(update={"backend": "simulated"})).find()
+            found = replace(self, config=self.config.model_copy(update={"backend": "simulated"})).find()
         except InputError as error:
             cli.say(f"no hint from the simulator: {error}")
             return None
+        return replace(found, how="both simulated")
+
+    def checked(self, foreseen: Moved) -> Moved:
+        """`foreseen`, with what a measured run at its saturation rate says of it."""
+        rate_rps = foreseen.saturation_rps[1]
+        metrics = self._run(foreseen.hardware, rate_rps, 0)
+        limits = {name: value * foreseen.latency_factor(name) for name, value in self.rules.within.items()}
+        said = [f"{name} {self._number(metrics, name, 'within'):.3g} (limit {limit:.3g})" for name, limit in limits.items()]
+        how = f"both simulated, on {foreseen.hardware} as calibrated; measured there at {rate_rps:.3g} req/s: {', '.join(said)}"
+        return replace(foreseen, how=how)
 
     def _unloaded(self, testbed: str, rate_rps: float) -> dict[str, float]:
         metrics = self._run(testbed, rate_rps, 0)
@@ -135,10 +154,11 @@ class Finder:
         backend = self.backend(testbed)
         smoke = self.figure.smoke.parameters if self.config.scale == "smoke" else {}
         given = self.figure.on(backend).parameters
+        checking = self.rules.measured if backend == "measured" else {}
         trial = Trial(
             system=system_of(self.path),
             experiment=self.rules.experiment,
-            parameters={**given, **smoke, **self.rules.parameters, self.rules.rate: rate_rps},
+            parameters=without_nulls({**given, **smoke, **self.rules.parameters, **checking, self.rules.rate: rate_rps}),
             hardware=testbed,
             backend=backend,
             seed=self.config.seed + seed,
@@ -196,9 +216,20 @@ def read(path: Path) -> Moved:
         told = json.loads(path.read_bytes())
         unloaded = {name: (float(before), float(after)) for name, (before, after) in told["unloaded"].items()}
         before, after = map(float, told["saturation_rps"])
-        return Moved(told["testbed"], told["hardware"], (before, after), unloaded)
+        return Moved(told["testbed"], told["hardware"], (before, after), unloaded, told.get("how", ""))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(path, "rescale", str(error), "delete this file: the next run writes it again") from error
+
+
+def write(moved: Moved, path: Path) -> None:
+    """Put the factors into the file `path`, for `read`."""
+    factors = {"rates": moved.rate_factor, "limits": {name: moved.latency_factor(name) for name in moved.unloaded}}
+    write_atomically(path, json.dumps({**asdict(moved), "factors": factors}, indent=1) + "\n")
+
+
+def is_calibrated(testbed: str) -> bool:
+    """Whether the simulator has anything that was measured on the GPU of `testbed`."""
+    return any(folder.startswith(f"reference/{testbed.rpartition('x')[0]}/") for folder in calibrations())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -224,8 +255,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     ):
         raise InputError(args.figure, "rescale", str(moved), "gives factors that are no positive numbers: choose other metrics")
     cli.say(f"{args.figure}: {moved}")
-    factors = {"rates": moved.rate_factor, "limits": {name: moved.latency_factor(name) for name in moved.unloaded}}
-    write_atomically(args.out, json.dumps({**asdict(moved), "factors": factors}, indent=1) + "\n")
+    write(moved, args.out)
     return 0
 
 

@@ -7,12 +7,12 @@ uses to a function from a `Trial` to an `Outcome`. Adding a system means adding 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from systems.common.core import Outcome, Scalar, Trial
 from systems.common.errors import InputError
 
-__all__ = ["SYSTEMS", "Experiment", "InputError", "Outcome", "Scalar", "Trial", "experiment"]
+__all__ = ["SYSTEMS", "Experiment", "InputError", "Outcome", "Scalar", "Trial", "experiment", "prepare"]
 
 Experiment = Callable[[Trial], Outcome]
 
@@ -36,3 +36,15 @@ def experiment(system: str, name: str) -> Experiment:
     if name not in known:
         raise InputError(f"systems/{system}/experiments.py", "experiment", name, f"use one of {', '.join(sorted(known))}")
     return known[name]
+
+
+def prepare(system: str, trials: Sequence[Trial]) -> None:
+    """Tell `system` which trials will be asked next in this process, so that it may begin to start what they need.
+
+    A hint: a system whose module `experiments` has no function `prepare` ignores it, and no result depends on it.
+    """
+    begin: Callable[[Sequence[Trial]], None] | None = getattr(
+        importlib.import_module(f"systems.{system}.experiments"), "prepare", None
+    )
+    if begin is not None:
+        begin(trials)

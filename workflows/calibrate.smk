@@ -20,6 +20,44 @@ rule measure_operators:
         " --commit {params.commit:q} --out {params.folder:q} 2> >(tee {log:q} >&2)"
 
 
+# What serving and tuning on one GPU do to each other, and tuning alone: into the same folder, corun.csv and tuning.csv beside this.
+rule measure_corun:
+    input:
+        "<results>/calibrated/{gpu}/{model}/meta.yaml",
+    output:
+        "<results>/calibrated/{gpu}/{model}/corun.yaml",
+    log:
+        "<results>/calibrated/{gpu}/{model}.corun.log",
+    conda:
+        "envs/fivefold.yaml"
+    resources:
+        gpu=1,
+        gpu_model=calibration.gpu_model,
+    params:
+        commit=calibration.commit_name,
+        folder=calibration.folder,
+    shell:
+        "python -m systems.llmstation.calibrate --model {wildcards.model:q} --gpu {wildcards.gpu:q}"
+        " --commit {params.commit:q} --out {params.folder:q} 2> >(tee {log:q} >&2)"
+
+
+# Where `hardware` names several GPUs: what two of them take to add up, by size. Last, lest two measurements share a GPU.
+rule measure_all_reduce:
+    input:
+        f"<results>/calibrated/{{gpu}}/{calibration.MODEL}/corun.yaml",
+    output:
+        "<results>/calibrated/{gpu}/all_reduce.csv",
+    log:
+        "<results>/calibrated/{gpu}/all_reduce.log",
+    conda:
+        "envs/fivefold.yaml"
+    resources:
+        gpu=2,
+        gpu_model=calibration.gpu_model,
+    shell:
+        "python -m systems.common.calibrate.all_reduce --gpus 2 --out {output:q} 2> >(tee {log:q} >&2)"
+
+
 rule calibrate:
     input:
         calibration.calibrations(PROJECT.config, targets.refuse),
@@ -57,7 +95,7 @@ rule draw_fidelity:
     params:
         code=PROJECT.draw_code,
     shell:
-        "exec python -m harness.fidelity --gpu {wildcards.gpu:q} --table {input:q} --out {output:q} --log {log:q}"
+        "exec $FIVEFOLD_HERE python -m harness.fidelity --gpu {wildcards.gpu:q} --table {input:q} --out {output:q} --log {log:q}"
 
 
 # The same for runs in which tuning shared the GPU.
@@ -92,7 +130,7 @@ rule draw_colocated:
     params:
         code=PROJECT.draw_code,
     shell:
-        "exec python -m harness.fidelity --colocated --gpu {wildcards.gpu:q} --table {input:q} --out {output:q}"
+        "exec $FIVEFOLD_HERE python -m harness.fidelity --colocated --gpu {wildcards.gpu:q} --table {input:q} --out {output:q}"
         " --log {log:q}"
 
 

@@ -5,8 +5,9 @@
 
 A workload's folder holds `requests.csv` (`arrival_s,input_tokens,output_tokens`) and `runs.json`: per run its name, its
 parameters, the metrics that were measured, and what the driver of that day could not do (`driver`: parameters of the simulator,
-see docs/llmstation.md). DIR of `compare` holds a folder per workload; every run is simulated with the GPU's calibration, where
-there is one, and with the roofline. `record` makes a folder from what `benchmarks/llmstation.py` wrote.
+see docs/llmstation.md). Runs for which it says so take the co-run slowdowns of `corun.csv` beside it, if there is one, which
+were measured with that driver. DIR of `compare` holds a folder per workload; every run is simulated with the GPU's calibration,
+where there is one, and with the roofline. `record` makes a folder from what `benchmarks/llmstation.py` wrote.
 """
 
 from __future__ import annotations
@@ -74,7 +75,9 @@ def differences(folder: Path, run: Run, model: str, hardware: str, hardware_mode
     Raises InputError where the run names what the simulator does not know.
     """
     told = {"model": model, **run.parameters, **run.driver, "hardware_model": hardware_model}
-    trial = Trial("llmstation", "colocation", told, hardware, "simulated", 0, {})
+    slowdowns = folder / "corun.csv"  # measured with a driver that could not do it either
+    given = {"corun_slowdowns": slowdowns} if run.driver and hardware_model == "calibrated" and slowdowns.is_file() else {}
+    trial = Trial("llmstation", "colocation", told, hardware, "simulated", 0, given)
     found: Mapping[str, Any] = simulated(trial, from_csv(folder / "requests.csv")).metrics
     return tuple(
         Difference(metric, statistic, unit, float(found[key]), float(run.metrics[key]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from systems.common.engine.results import to_records
 from systems.common.engine.simulated import IterationCost, SimulatedExecutor
 from systems.common.errors import InputError
 from systems.common.hardware import Testbed, costs, parse_testbed
-from systems.common.hardware.interference import Interference
+from systems.common.hardware.interference import GREEN, STEADY, Interference
 from systems.common.metrics import summarise
 from systems.common.models import ModelShape, model
 from systems.common.workloads.build import Workload, build
@@ -25,7 +25,15 @@ from systems.llmstation.baselines.inference_only import InferenceOnly
 from systems.llmstation.baselines.mps import Mps
 from systems.llmstation.hardware_model import HardwareModel
 from systems.llmstation.modes import FeedbackMode, FixedMode, PlannerMode, fuses
-from systems.llmstation.simulated import ExclusiveTuning, FeedbackTuning, PlannedLimits, PlannedTuning, Shared, SteadyTuning
+from systems.llmstation.simulated import (
+    ExclusiveTuning,
+    FeedbackTuning,
+    PlannedLimits,
+    PlannedTuning,
+    Shared,
+    SteadyTuning,
+    limited,
+)
 from systems.llmstation.tasklets import TuningJob
 from systems.llmstation.tuning_cost import Layers, precise_chunks_s, sharded_job, shared_job
 
@@ -89,7 +97,25 @@ class Bench:
 
     def shared_job(self) -> TuningJob:
         """Tuning on the weights that serving uses: LLMStation's and FineInfer's."""
-        return self.timed(shared_job(self.layers, self.tuned_tokens(), int(self.parameters.get("rank", 8))), False)
+        job = self.timed(shared_job(self.layers, self.tuned_tokens(), int(self.parameters.get("rank", 8))), False)
+        return job.limited(self.tuning_sms / self.testbed.gpu.sms, GREEN) if self.tuning_sms else job
+
+    @property
+    def tuning_sms(self) -> int:
+        """SMs that tuning on shared weights is limited to by a green context; 0 for all.
+
+        Raises InputError for more than the GPU has.
+        """
+        sms = self.parameters.get("tuning_sms", 0)
+        if type(sms) is not int or not 0 <= sms <= self.testbed.gpu.sms:
+            mend = f"give a whole number of SMs, at most {self.testbed.gpu.sms}, or 0 for all"
+            raise InputError("llmstation", "tuning_sms", sms, mend)
+        return sms
+
+    def steady_job(self) -> TuningJob:
+        """The same of modes in which tuning runs beside serving all the time."""
+        job = self.shared_job()
+        return job if self.tuning_sms else job.limited(1.0, STEADY)
 
     def sharded_job(self, tokens: int, sm_limit: float) -> TuningJob:
         """Torchtune's, with activation checkpointing, on sequences of `tokens`."""
@@ -138,7 +164,9 @@ def _chunked(bench: Bench) -> Built:
 
 def _fineinfer(bench: Bench) -> Built:
     policy = FineInfer(bench.number("defer_s"))
-    return ExclusiveTuning(bench.cost, bench.shared_job(), policy), policy.gpu_memory_utilisation
+    job = bench.shared_job()
+    job = job.slower(limited(bench.interference, job))
+    return ExclusiveTuning(bench.cost, job, policy), policy.gpu_memory_utilisation
 
 
 def _waits(bench: Bench) -> FixedMode:
@@ -154,11 +182,12 @@ def _llmstation(bench: Bench) -> Built:
     common = (bench.cost, bench.layers, bench.shared_job(), bench.interference)
     mode = bench.parameters.get("mode", "planner")
     if mode == "planner":
-        planner = PlannerMode(bench.number("decode_target_s"), fuses(bench.parameters))
+        planner = PlannerMode(bench.number("decode_target_s"), fuses(bench.parameters) and not bench.tuning_sms)
         most = bench.parameters.get("most_beside")
         whole = bench.hardware.whole_steps
         limits = PlannedLimits(whole, None if most is None else int(most), whole_phases=whole)
         return PlannedTuning(*common, planner, limits), SHARED_UTILISATION
+    common = (bench.cost, bench.layers, bench.steady_job(), bench.interference)
     if mode == "fixed":
         return SteadyTuning(*common, _waits(bench)), SHARED_UTILISATION
     if mode == "feedback":
@@ -200,10 +229,11 @@ def colocation(trial: Trial) -> Outcome:
     """Serve a workload while tuning shares the GPUs; both sides' numbers.
 
     Parameters: `model`, `policy` (a key of `POLICIES`), that policy's knob, `workload`, and optionally `tuning_tokens`,
-    `rank`, `adapters` and `max_loras` (served), `mode`, `fused`, `tuning_slowdown`, `max_num_batched_tokens`,
-    `max_num_seqs`, `kv_blocks`. Simulated only: `hardware_model` (`auto`, `roofline`, `calibrated`), `tuning_slowdown`,
-    `most_beside` (tasklets that the planner's driver can get beside one decode step; unlimited where absent) and `forms_early`
-    (with a calibration: the next batch is formed as soon as a decode step begins). Measured only: `tuning_sms`.
+    `rank`, `adapters` and `max_loras` (served), `mode`, `fused`, `max_num_batched_tokens`, `max_num_seqs`, `kv_blocks`,
+    `tuning_sms` (SMs that a green context leaves to tuning on shared weights). Simulated only: `hardware_model` (`auto`,
+    `roofline`, `calibrated`), `tuning_slowdown`, `most_beside` (tasklets that the planner's driver can get beside one decode
+    step; unlimited where absent) and `forms_early` (with a calibration: the next batch is formed as soon as a decode step
+    begins). Measured only: `drain_s`, how long a run goes on after the last arrival at most.
     """
     if trial.backend == "measured":
         from systems.llmstation import measured  # imports torch
@@ -275,6 +305,14 @@ def suspension(trial: Trial) -> Outcome:
     from systems.llmstation import training_cost  # imports torch
 
     return training_cost.suspension(trial)
+
+
+def prepare(trials: Sequence[Trial]) -> None:
+    """See `systems.registry.prepare`."""
+    if measured_ones := [trial for trial in trials if trial.backend == "measured" and trial.experiment == "colocation"]:
+        from systems.llmstation import measured  # imports torch
+
+        measured.prepare(measured_ones)
 
 
 EXPERIMENTS: Mapping[str, Callable[[Trial], Outcome]] = {

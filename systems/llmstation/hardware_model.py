@@ -17,7 +17,7 @@ from systems.common.engine.simulated import IterationCost
 from systems.common.errors import InputError
 from systems.common.hardware import Testbed, costs
 from systems.common.hardware.interference import AnalyticInterference, Interference, Load, Slowdowns
-from systems.common.hardware.interference_table import MeasuredInterference, read_interference
+from systems.common.hardware.interference_table import IDLE, MeasuredInterference, read_interference
 from systems.common.models import ModelShape
 from systems.common.simulate import executor_of
 from systems.llmstation.tuning_cost import Layers
@@ -25,8 +25,6 @@ from systems.llmstation.tuning_table import TuningTable, read_tuning
 
 REFERENCE = Path(__file__).resolve().parents[2] / "reference"
 MODELS = ("auto", "roofline", "calibrated")
-NEAR = 0.1
-"""An SM limit that lies so near to a measured one is taken for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +64,7 @@ class HardwareModel:
         """
         folder = _folder(parameters, shape, testbed, reference)
         if folder is None:
-            priced = costs(shape, testbed, testbed.count)
+            priced = costs(shape, testbed, testbed.count, all_reduce=_all_reduce(parameters, testbed, reference))
             interference: Interference = AnalyticInterference() if corun is None else read_interference(corun)
             return cls(Layers.of(priced, shape, testbed.count), IterationCost(priced, shape), interference)
         priced = costs(shape, testbed, 1, operators=folder)
@@ -97,8 +95,15 @@ def _folder(parameters: Mapping[str, Any], shape: ModelShape, testbed: Testbed, 
     return folder
 
 
+def _all_reduce(parameters: Mapping[str, Any], testbed: Testbed, reference: Path) -> Path | None:
+    """All-reduces measured between two such GPUs, if there are any and `hardware_model` does not insist on the roofline."""
+    path = reference / testbed.gpu.name / "calibrated" / "all_reduce.csv"
+    wanted = testbed.count == 2 and parameters.get("hardware_model", "auto") == "auto"
+    return path if wanted and path.is_file() else None
+
+
 class Measured:
-    """Measured slowdowns at the SM limits that were measured; at others what the analytic model says.
+    """Measured slowdowns in the ways and at the SM limits that were measured; at others what the analytic model says.
 
     For samples shorter than any measured one the nearest one's slowdowns stand. (Scaling them as the analytic model says was
     tried: chunked-training's TPOT came out 46 % too high instead of 32 %.)
@@ -112,9 +117,11 @@ class Measured:
         """For a figure's footer."""
         return f"{self._table.source}; analytic at SM limits that were not"
 
+    def alone(self, tuning: Load) -> float:
+        """How many times longer tuning takes with nothing beside it."""
+        return self._table.alone(tuning) if self._table.covers(IDLE, tuning) else self._analytic.alone(tuning)
+
     def slowdowns(self, serving: Load, tuning: Load) -> Slowdowns:
         """Slowdowns while both run."""
-        limits = self._table.limits(serving.phase, tuning.phase)
-        if min((abs(limit - tuning.tenant.sm_limit) for limit in limits), default=1.0) > NEAR:
-            return self._analytic.slowdowns(serving, tuning)
-        return self._table.slowdowns(serving, tuning)
+        source = self._table if self._table.covers(serving.phase, tuning) else self._analytic
+        return source.slowdowns(serving, tuning)

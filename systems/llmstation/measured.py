@@ -15,17 +15,27 @@ import numpy as np
 
 from systems.common.core import Outcome, Scalar, Slo, Status, Trial
 from systems.common.errors import InputError
-from systems.common.metrics import STATUSES, Records, summarise
+from systems.common.metrics import CUT, STATUSES, Records, summarise
 from systems.llmstation.baselines.chunked import Chunked
 from systems.llmstation.baselines.fineinfer import FineInfer
 from systems.llmstation.baselines.inference_only import InferenceOnly
 from systems.llmstation.baselines.mps import Mps
 from systems.llmstation.corun.beside import Beside
 from systems.llmstation.corun.fusing import Fuser
-from systems.llmstation.corun.measure import DRAIN_S, Spent, censored, number, serve, wanted_of, with_adapters, workload_of
+from systems.llmstation.corun.measure import (
+    Spent,
+    censored,
+    device_of,
+    drain_of,
+    number,
+    serve,
+    wanted_of,
+    with_adapters,
+    workload_of,
+)
 from systems.llmstation.corun.observed import Observed
 from systems.llmstation.corun.pace import Exclusive, Pace, Planned, Quiet, Steered, Waiting
-from systems.llmstation.corun.pair import pair
+from systems.llmstation.corun.pair import Tuning, pair, processes, settle
 from systems.llmstation.corun.session import Session, session
 from systems.llmstation.latency_source import LatencySource
 from systems.llmstation.modes import FeedbackMode, FixedMode, PlannerMode, fuses
@@ -44,6 +54,7 @@ class Run:
     blocks: int
     notes: tuple[str, ...]
     extra: Mapping[str, Scalar]
+    tpot_so_far_s: Mapping[int, float]
 
 
 def colocation(trial: Trial, metrics: Sequence[str]) -> Outcome:
@@ -57,7 +68,7 @@ def colocation(trial: Trial, metrics: Sequence[str]) -> Outcome:
     if policy not in POLICIES:
         raise InputError("llmstation", "policy", policy, f"use one of {', '.join(POLICIES)}")
     run = POLICIES[policy](trial)
-    summary = summarise(run.records, end_s=None) | censored(run.records)
+    summary = summarise(run.records, end_s=None) | censored(run.records, run.tpot_so_far_s)
     found: dict[str, Scalar] = {key: summary[key] for key in metrics}
     found |= {"duration_s": run.duration_s, "peft_samples_per_s": run.samples_per_s, "num_gpu_blocks": run.blocks}
     found |= {"cut": int(summary["cut"]), "gpu_s": spent(), **run.extra}
@@ -76,6 +87,7 @@ def _knob(trial: Trial, key: str) -> float:
 def _shared(trial: Trial, utilisation: float, pace_of: Callable[[Session], Pace]) -> Run:
     requests, notes = workload_of(trial)
     held = session(with_adapters(wanted_of(trial, utilisation), trial, requests))
+    settle()  # from here on times matter
     pace = pace_of(held)
     fuser = held.fuser() if isinstance(pace, Planned) and pace.mode.fused else None  # before a tuner: it runs steps of its own
     tuner = None if type(pace) is Quiet else held.tuner(trial.seed)
@@ -84,7 +96,7 @@ def _shared(trial: Trial, utilisation: float, pace_of: Callable[[Session], Pace]
         notes = (*notes, _fuse(fuser, beside, pace.observed))
     if isinstance(pace, Steered):
         pace.watch(lambda: held.executor.engine.finished)
-    served = serve(held, beside, requests)
+    served = serve(held, beside, requests, drain_of(trial))
     samples = 0.0 if tuner is None else tuner.samples
     extra: dict[str, Scalar] = {"schedule_lag_p99_s": served.lag_p99_s}
     if tuner is not None:
@@ -94,7 +106,8 @@ def _shared(trial: Trial, utilisation: float, pace_of: Callable[[Session], Pace]
         extra |= {f"planned_from_{name}": count for name, count in pace.observed.source.answers.items()}
         extra["planned_mean"] = float(np.mean(pace.plans)) if pace.plans else 0.0
     rate = samples / served.duration_s
-    return Run(served.records, served.duration_s, rate, held.config.num_gpu_blocks, (*held.notes, *notes), extra)
+    notes = (*held.notes, *notes, *_run_notes(trial, served.records))
+    return Run(served.records, served.duration_s, rate, held.config.num_gpu_blocks, notes, extra, served.tpot_so_far_s)
 
 
 def _fuse(fuser: Fuser | str, beside: Beside, observed: Observed) -> str:
@@ -149,14 +162,24 @@ def _known(held: Session) -> Observed:
 # ---- two processes
 
 
-def _strangers(trial: Trial, tuning_tokens: int, thread_percentage: float | None) -> Run:
+def _strangers(trial: Trial, tuning: Tuning) -> Run:
     requests, _ = workload_of(trial)
-    limit_s = (requests[-1].arrival_s if requests else 0.0) + DRAIN_S + 60
-    told = pair(trial, tuning_tokens, thread_percentage, limit_s)
-    samples = told["tuned"]["samples"] * tuning_tokens / COUNTED_TOKENS
+    limit_s = (requests[-1].arrival_s if requests else 0.0) + drain_of(trial) + 60
+    told = pair(trial, tuning, limit_s)
+    samples = told["tuned"]["samples"] * tuning.tokens / COUNTED_TOKENS
     rate = samples / told["tuned"]["seconds"]
     extra: dict[str, Scalar] = {"schedule_lag_p99_s": told["lag_p99_s"]}
-    return Run(records_of(told["columns"]), told["duration_s"], rate, told["blocks"], tuple(told["notes"]), extra)
+    records = records_of(told["columns"])
+    notes = (*told["notes"], *_run_notes(trial, records))
+    return Run(records, told["duration_s"], rate, told["blocks"], notes, extra, dict(told["tpot_so_far_s"]))
+
+
+def _run_notes(trial: Trial, records: Records) -> tuple[str, ...]:
+    """For the footer: on how many requests percentiles rest, and what became of those that a run did not wait for."""
+    count = f"{len(records)} requests a trial"
+    if "drain_s" not in trial.parameters or not (records.status == CUT).any():
+        return (count,)
+    return (count, f"runs end {drain_of(trial):g} s after the last arrival: requests cut off count with their TPOT until then")
 
 
 def records_of(columns: Mapping[str, Any]) -> Records:
@@ -174,19 +197,30 @@ def records_of(columns: Mapping[str, Any]) -> Records:
     )
 
 
-def _mps(trial: Trial) -> Run:
+def _mps_tuning(trial: Trial) -> Tuning:
     policy = Mps(_knob(trial, "thread_percentage"))
-    return _strangers(trial, policy.sequence_tokens, policy.thread_percentage)
+    return Tuning(policy.sequence_tokens, policy.thread_percentage)
 
 
-def _chunked(trial: Trial) -> Run:
-    return _strangers(trial, Chunked(int(_knob(trial, "chunk_tokens"))).chunk_tokens, None)
+def _chunked_tuning(trial: Trial) -> Tuning:
+    return Tuning(Chunked(int(_knob(trial, "chunk_tokens"))).chunk_tokens)
+
+
+STRANGERS: Mapping[str, Callable[[Trial], Tuning]] = {"mps": _mps_tuning, "chunked": _chunked_tuning}
 
 
 POLICIES: Mapping[str, Callable[[Trial], Run]] = {
     "inference_only": _inference_only,
     "llmstation": _llmstation,
     "fineinfer": _fineinfer,
-    "mps": _mps,
-    "chunked": _chunked,
+    "mps": lambda trial: _strangers(trial, _mps_tuning(trial)),
+    "chunked": lambda trial: _strangers(trial, _chunked_tuning(trial)),
 }
+
+
+def prepare(trials: Sequence[Trial]) -> None:
+    """Begin to start the processes that `trials` will need, without waiting: while the first of them makes its session."""
+    named = [(trial, str(trial.parameters.get("policy"))) for trial in trials]
+    coming = [(trial, STRANGERS[policy](trial)) for trial, policy in named if policy in STRANGERS]
+    if coming:
+        processes(device_of(coming[0][0].hardware)).foresee(coming)

@@ -34,6 +34,12 @@ CONTEXT_BUCKET = 128
 """Latencies are looked up for the mean context per sequence, rounded up to this many tokens."""
 
 
+def limited(interference: Interference, job: TuningJob) -> float:
+    """How many times longer a sample takes with nothing beside it, for the job's own limit on SMs."""
+    alone = (phase.seconds * interference.alone(Load(phase.name, job.tokens, phase.tenant)) for phase in job.phases)
+    return sum(alone) / job.pass_s
+
+
 class TuningExecutor(Protocol):
     """An executor that also tunes."""
 
@@ -89,7 +95,7 @@ class SteadyTuning(Shared):
         super().__init__(cost)
         self._layers, self._job, self._interference = layers, job, interference
         self._waits = waits if waits is not None else FixedMode()
-        self._alone_s = sum(phase.seconds * phase.tenant.limited_slowdown for phase in job.phases)
+        self._alone_s = job.pass_s * limited(interference, job)
         self._known: dict[tuple[str, int, int], tuple[float, float]] = {}
         self._run: tuple[DecodeRun, float] = (DecodeRun(0.0), 1.0)
         self._passes = 0.0
@@ -219,6 +225,7 @@ class PlannedTuning(Shared):
         self._limits = limits
         self._layers, self._interference, self._mode = layers, interference, mode
         self.progress = TuningProgress(job)
+        self._limited = limited(interference, job)
         self._truth: dict[Situation, CoRunLatencies] = {}
         self._plans: dict[Situation, int] = {}
         self.source = LatencySource(self._profile())
@@ -324,7 +331,7 @@ class PlannedTuning(Shared):
 
     def idle(self, now_s: float, until_s: float) -> float:
         """Tasklets run back to back; the one under way when a request comes is finished first."""
-        return max(until_s, now_s + self.progress.run_alone(until_s - now_s))
+        return max(until_s, now_s + self.progress.run_alone((until_s - now_s) / self._limited) * self._limited)
 
 
 class ExclusiveTuning(Shared):

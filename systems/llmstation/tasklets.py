@@ -61,6 +61,11 @@ class TuningJob:
         )
         return replace(self, phases=phases)
 
+    def limited(self, sm_limit: float, way: str) -> TuningJob:
+        """The same job on a share of the SMs (`way`: see `Tenant`); its tasklets keep the times that they have on all."""
+        limited = (replace(phase, tenant=replace(phase.tenant, sm_limit=sm_limit, way=way)) for phase in self.phases)
+        return replace(self, phases=tuple(limited))
+
     @property
     def samples_per_s(self) -> float:
         """Throughput alone on the GPU."""

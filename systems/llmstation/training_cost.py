@@ -10,27 +10,36 @@ import torch
 
 from systems.common.core import Outcome, Trial
 from systems.common.errors import InputError
-from systems.common.torch_engine.weights import Weights, random_weights
+from systems.common.torch_engine.weights import Weights
 from systems.llmstation.corun.measure import cut, number, wanted_of
-from systems.llmstation.corun.session import Wanted, samples
+from systems.llmstation.corun.session import Wanted, samples, weights_of
 from systems.llmstation.training import Trains
 from systems.llmstation.training.adapters import LoraConfig
 from systems.llmstation.training.chunked import ChunkedTrainer
 from systems.llmstation.training.trainer import Options, Trainer
 
-WARM = 3
+WARM = 2
 TIMED = 15
-_KEPT: dict[Wanted, Weights] = {}
+LEAST, ENOUGH_S = 5, 2.0
+"""Rounds that are timed: `TIMED`, but of long samples no more than take so many seconds, and never fewer than `LEAST`."""
+_KEPT: dict[tuple[Wanted, str], Trains] = {}
+"""The trainer of whole sequences of the trial before."""
 
 
 def _weights(wanted: Wanted) -> Weights:
-    """The weights, kept from trial to trial."""
+    """The weights, those of a session in this process if there is one."""
     if wanted.device == "cuda" and not torch.cuda.is_available():
         raise InputError("llmstation", "hardware", "cuda", "no GPU here: measure on a GPU host, or use hardware=cpux1")
-    if wanted not in _KEPT:
+    return weights_of(wanted.shape, wanted.device)
+
+
+def _whole(wanted: Wanted, segments: str = "layer") -> Trains:
+    """A trainer of whole sequences, kept from trial to trial: capturing its graphs takes longer than many a sample."""
+    if (wanted, segments) not in _KEPT:
         _KEPT.clear()
-        _KEPT[wanted] = random_weights(wanted.shape, 0, wanted.device)
-    return _KEPT[wanted]
+        trainer = Trainer(wanted.shape, _weights(wanted), _options(wanted, segments))
+        _KEPT[wanted, segments] = _graphed(trainer, wanted)
+    return _KEPT[wanted, segments]
 
 
 def _wanted(trial: Trial) -> Wanted:
@@ -74,13 +83,16 @@ def sample_s(trainer: Trains, wanted: Wanted, pause: Callable[[int], bool] = lam
     return once
 
 
-def _alternating(*works: Callable[[], float]) -> list[float]:
-    """The median of each, taken in turns, so that a drifting clock frequency harms all alike."""
+def _alternating(*works: Callable[[], float]) -> tuple[list[float], int]:
+    """The median of each, taken in turns, so that a drifting clock frequency harms all alike; and of how many."""
     for work in works:
         for _ in range(WARM):
             work()
-    rounds = [[work() for work in works] for _ in range(TIMED)]
-    return [statistics.median(column) for column in zip(*rounds, strict=True)]
+    rounds: list[list[float]] = []
+    began = time.perf_counter()
+    while len(rounds) < LEAST or (len(rounds) < TIMED and time.perf_counter() - began < ENOUGH_S):
+        rounds.append([work() for work in works])
+    return [statistics.median(column) for column in zip(*rounds, strict=True)], len(rounds)
 
 
 def suspension(trial: Trial) -> Outcome:
@@ -90,18 +102,19 @@ def suspension(trial: Trial) -> Outcome:
     so that a 32-layer model can be suspended more than 80 times.
     """
     wanted, suspends = _wanted(trial), int(number(trial.parameters, "suspends", 0))
-    weights = _weights(wanted)
-    trainer = _graphed(Trainer(wanted.shape, weights, _options(wanted, "block")), wanted)
+    trainer = _whole(wanted, "block")
     tasklets = len(trainer.plan(1, wanted.tuning_tokens))
     most = tasklets - 1
     if not 0 <= suspends <= most and wanted.device == "cuda":
         raise InputError("llmstation", "suspends", suspends, f"a sample has {tasklets} tasklets: give 0 to {most}")
     suspends = min(suspends, most)  # the tiny model of a CPU has fewer
     places = {round(k * tasklets / (suspends + 1)) for k in range(1, suspends + 1)}
-    straight_s, suspended_s = _alternating(sample_s(trainer, wanted), sample_s(trainer, wanted, lambda done: done in places))
+    (straight_s, suspended_s), rounds = _alternating(
+        sample_s(trainer, wanted), sample_s(trainer, wanted, lambda done: done in places)
+    )
     extra = 100 * (suspended_s / straight_s - 1)
     told = {"sample_s": suspended_s, "straight_s": straight_s, "overhead_percent": extra, "tasklets": tasklets}
-    return Outcome(told, notes=_notes(wanted))
+    return Outcome({**told, "rounds": rounds}, notes=_notes(wanted))
 
 
 def chunked_cost(trial: Trial) -> Outcome:
@@ -111,16 +124,16 @@ def chunked_cost(trial: Trial) -> Outcome:
     """
     wanted = _wanted(trial)
     chunk = int(number(trial.parameters, "chunk_tokens", 0))
-    weights = _weights(wanted)
-    options = _options(wanted)
     size = cut(chunk) if wanted.device == "cpu" else chunk
-    whole = _graphed(Trainer(wanted.shape, weights, options), wanted)
-    chunked = _graphed(ChunkedTrainer(wanted.shape, weights, size, options), wanted)
-    whole_s, chunked_s = _alternating(sample_s(whole, wanted), sample_s(chunked, wanted))
-    return Outcome({"sample_s": chunked_s, "whole_s": whole_s, "times_whole": chunked_s / whole_s}, notes=_notes(wanted))
+    whole = _whole(wanted)
+    chunked = _graphed(ChunkedTrainer(wanted.shape, _weights(wanted), size, _options(wanted)), wanted)
+    (whole_s, chunked_s), rounds = _alternating(sample_s(whole, wanted), sample_s(chunked, wanted))
+    told = {"sample_s": chunked_s, "whole_s": whole_s, "times_whole": chunked_s / whole_s, "rounds": rounds}
+    return Outcome(told, notes=_notes(wanted))
 
 
 def _notes(wanted: Wanted) -> tuple[str, ...]:
     if wanted.device == "cpu":
         return ("measured on a CPU with a tiny model: not the paper's experiment",)
-    return (f"measured on {torch.cuda.get_device_name()}, torch {torch.__version__}, median of {TIMED}",)
+    count = f"medians of {TIMED} samples, of {LEAST} or more where they take over {ENOUGH_S / TIMED:.2g} s"
+    return (f"measured on {torch.cuda.get_device_name()}, torch {torch.__version__}, {count}",)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from systems.common.hardware import Testbed
 from systems.common.hardware.cost import Chunk, OperatorCosts
-from systems.common.hardware.interference import Tenant
+from systems.common.hardware.interference import MPS, Tenant
 from systems.common.models import ModelShape
 from systems.llmstation.tasklets import Phase, TuningJob
 
@@ -145,7 +145,7 @@ def sharded_job(whole: Layers, testbed: Testbed, tokens: int, sm_limit: float) -
         total = max(busy, gather_s)
         load = whole.load(products * tokens, attentions * attention_flops, 0, busy, total)
         kernel_s = busy / (products * KERNELS_PER_LAYER)
-        limited = replace(load, kernel_s=kernel_s, sm_limit=sm_limit)
+        limited = replace(load, kernel_s=kernel_s, sm_limit=sm_limit, way=MPS)
         phases.append(Phase(name, shape.layers, total + head_s, limited))
     return TuningJob(tuple(phases), tokens, gpus * tokens / COUNTED_TOKENS)
 

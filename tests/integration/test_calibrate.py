@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
 from systems.common.calibrate.write import Folder
 from systems.common.errors import InputError
@@ -30,8 +31,8 @@ def test_a_calibration_has_every_table_and_is_replaced_whole(tmp_path: Path) -> 
         done = run("systems.common.calibrate", *arguments)
         assert done.returncode == 0, done.stderr
         assert {p.name for p in out.iterdir()} == {
-            "layer.csv", "embedding.csv", "head.csv", "attention.csv", "adapters.csv", "copies.csv", "steps.csv", "check.csv",
-            "engine.yaml", "meta.yaml",
+            "layer.csv", "embedding.csv", "head.csv", "attention.csv", "prompts.csv", "adapters.csv", "copies.csv", "steps.csv",
+            "check.csv", "engine.yaml", "meta.yaml",
         }  # fmt: skip
         (out / "stale.csv").write_text("gone with the next run")
     assert [p.name for p in tmp_path.iterdir()] == ["tiny"]
@@ -45,6 +46,34 @@ def test_a_calibration_has_every_table_and_is_replaced_whole(tmp_path: Path) -> 
     assert calibration.engine.num_gpu_blocks == 64
 
 
+def test_what_there_is_no_time_for_is_named(tmp_path: Path) -> None:
+    from systems.common.hardware.calibrated import read_calibration
+    from systems.common.hardware.tables import read_prompts
+
+    out = tmp_path / "tiny"
+    arguments = ["--model", "tiny", "--gpu", "h200", "--device", "cpu", "--runs", "3", "--budget-s", "0.001", "--out", str(out)]
+    done = run("systems.common.calibrate", *arguments)
+    assert done.returncode == 0, done.stderr
+    meta = yaml.safe_load((out / "meta.yaml").read_text())
+    assert meta["left_out"] == {"adapters": "1 of 1 points", "copies": "1 of 1 points"}
+    assert {k for k, *_ in read_prompts(out / "prompts.csv")} == {1, 2}, "the thin grid is measured whatever it takes"
+    assert read_calibration(out).engine.num_gpu_blocks == 64
+    sustained = yaml.safe_load((out / "engine.yaml").read_text())["sustained"]
+    assert sustained["behind_decode_us"] > 0 and sustained["back_to_back_us"] > 0
+
+
+def test_all_reduces_are_measured_by_size(tmp_path: Path) -> None:
+    from systems.common.hardware.tables import read_all_reduce
+
+    out = tmp_path / "all_reduce.csv"
+    done = run("systems.common.calibrate.all_reduce", "--gpus", "2", "--device", "cpu", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    curve = read_all_reduce(out, 2)
+    assert curve.xs == (8192, 16384, 32768) and min(curve.ys) > 0
+    refused = run("systems.common.calibrate.all_reduce", "--gpus", "1", "--device", "cpu", "--out", str(tmp_path / "one.csv"))
+    assert refused.returncode == 2 and "--gpus" in refused.stderr and not (tmp_path / "one.csv").exists()
+
+
 def test_measure_serves_in_real_time(tmp_path: Path) -> None:
     requests = tmp_path / "three.csv"
     requests.write_text("arrival_s,input_tokens,output_tokens\n0,20,5\n0.05,40,8\n0.4,10,3\n")
@@ -52,7 +81,8 @@ def test_measure_serves_in_real_time(tmp_path: Path) -> None:
     again.write_text("arrival_s,input_tokens,output_tokens\n0,30,6\n")
     done = run(
         "systems.common.measure", "--requests", str(requests), str(again), "--model", "tiny", "--device", "cpu",
-        "--num-gpu-blocks", "200", "--max-num-batched-tokens", "512", "--max-model-len", "600", "--out", str(tmp_path / "out"),
+        "--num-gpu-blocks", "200", "--max-num-batched-tokens", "512", "--max-model-len", "600", "--log-steps",
+        "--out", str(tmp_path / "out"),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     for file, outputs in ((requests, [5, 8, 3]), (again, [6])):
@@ -60,8 +90,13 @@ def test_measure_serves_in_real_time(tmp_path: Path) -> None:
         assert [int(row["output_tokens"]) for row in rows] == outputs
         for row in rows:
             assert float(row["queued_s"]) <= float(row["scheduled_s"]) < float(row["first_token_s"]) <= float(row["finish_s"])
+    steps = list(csv.DictReader((tmp_path / "out" / "three" / "steps.csv").open()))
     summary = json.loads((tmp_path / "out" / "three" / "summary.json").read_text())
-    assert summary["finished"] == 3 and summary["attention"] == "reference"
+    assert len(steps) == summary["gpu_steps"] and [float(s["ended_s"]) for s in steps] == sorted(
+        float(s["ended_s"]) for s in steps
+    )
+    assert {s["decode_rows"] for s in steps} >= {"0", "1"}
+    assert summary["finished"] == 3 and summary["attention"] == "sdpa"
     assert summary["measured_s"] >= 0.4  # the last one arrived then
 
 
@@ -72,6 +107,7 @@ def test_measure_serves_in_real_time(tmp_path: Path) -> None:
         ("calibrate", ("--model", "tinny", "--gpu", "h200", "--out", "x"), "tiny"),
         ("calibrate", ("--model", "tiny", "--gpu", "h200", "--runs", "1", "--out", "x"), "--runs"),
         ("calibrate", ("--model", "tiny", "--gpu", "h200", "--out", "x"), "--device"),
+        ("calibrate", ("--model", "tiny", "--gpu", "h200", "--budget-s", "0", "--out", "x"), "--budget-s"),
         ("measure", ("--requests", "absent.csv", "--model", "tiny", "--out", "x"), "absent.csv"),
         ("measure", ("--requests", "r.csv", "--model", "tiny", "--out", "x"), "--device"),
         ("measure", ("--requests", "r.csv", "--model", "tiny", "--device", "cpu", "--out", "x"), "--num-gpu-blocks"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import time
@@ -15,7 +16,9 @@ torch = pytest.importorskip("torch")
 
 from systems.common.core import Request, Trial  # noqa: E402
 from systems.common.errors import InputError  # noqa: E402
+from systems.common.metrics import CUT  # noqa: E402
 from systems.llmstation.baselines.fineinfer import FineInfer  # noqa: E402
+from systems.llmstation.corun import driver, pair  # noqa: E402
 from systems.llmstation.corun.beside import Beside  # noqa: E402
 from systems.llmstation.corun.measure import Served, censored, serve, wanted_of  # noqa: E402
 from systems.llmstation.corun.observed import Step  # noqa: E402
@@ -131,6 +134,38 @@ def test_an_overload_is_cut_and_counts_as_late(held: Session) -> None:
     assert censored(served.records) == {}
 
 
+def test_a_run_that_does_not_wait_counts_what_its_requests_had_done(held: Session) -> None:
+    requests = [Request(0, 0.0, 4, 4), Request(1, 0.0, 4, 40), Request(2, 0.0, 4, 40)]
+    records = run(held, Beside(held.lanes), requests)[1].records
+    columns = {name: getattr(records, name).copy() for name in ("finish_s", "status", "first_token_s")}
+    cut = replace(records, **columns)
+    cut.finish_s[1:], cut.status[1:] = math.nan, CUT
+    assert censored(cut)["tpot_p99_s"] == math.inf  # nothing known: as late as can be
+    assert censored(cut, {})["tpot_p99_s"] == pytest.approx(records.tpot_s[0])  # hardly begun: says nothing
+    assert censored(cut, {1: 0.5, 2: 0.5})["tpot_p99_s"] == pytest.approx(0.5, rel=0.05)
+    assert math.isfinite(censored(cut, {})["ttft_p99_s"])
+    cut.first_token_s[1:] = math.nan  # not even begun
+    assert censored(cut, {})["ttft_p99_s"] == censored(cut, {})["tpot_p99_s"] == math.inf
+
+
+def test_what_is_cut_off_while_it_decodes_has_a_time_per_token(held: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(driver, "TELLING_S", 0.0)
+    colocated = held.colocated(Beside(held.lanes))
+    asked = [Request(i, 0.0, 4, 90) for i in range(3)]
+    step, engine = colocated.engine.step, colocated.engine
+
+    def slow(now_s: float) -> float:  # so that no machine is fast enough to be done in time
+        time.sleep(0.01)
+        return step(now_s)
+
+    engine.step = slow  # type: ignore[method-assign, assignment]
+    sequences = colocated.serve(asked, until_s=0.4)
+    assert all(math.isnan(sequence.finish_s) for sequence in sequences)
+    assert set(colocated.tpot_so_far_s) == {0, 1, 2}
+    assert min(colocated.tpot_so_far_s.values()) >= 0.009
+    assert held.executor.tables.free_blocks == held.config.num_gpu_blocks
+
+
 POLICIES = [
     {"policy": "inference_only"},
     {"policy": "llmstation", "decode_target_s": 0.01},
@@ -156,12 +191,73 @@ def test_every_policy_gives_what_the_simulated_one_gives(parameters: dict[str, o
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parameters", [{"policy": "mps", "thread_percentage": 50}, {"policy": "chunked", "chunk_tokens": 128}])
-def test_strangers_run_as_two_processes(parameters: dict[str, object]) -> None:
-    outcome = colocation(trial(**parameters))
+def test_strangers_run_as_two_processes() -> None:
+    outcome = colocation(trial(policy="mps", thread_percentage=50))
+    pair.release()
     assert outcome.metrics["finished"] == outcome.metrics["requests"] > 0
     assert outcome.metrics["peft_samples_per_s"] > 0  # type: ignore[operator]
     assert "two processes without MPS" in outcome.notes
+
+
+@pytest.mark.slow
+def test_the_two_processes_serve_trial_after_trial() -> None:
+    pair.release()
+    try:
+        pids = set()
+        for tokens in (128, 256):
+            assert colocation(trial(policy="chunked", chunk_tokens=tokens)).metrics["peft_samples_per_s"] > 0  # type: ignore[operator]
+            (kept,) = pair._KEPT
+            assert kept._serving is not None
+            pids.add((kept._serving._process.pid, kept._tuners[None]._process.pid))
+        assert len(pids) == 1
+        os.kill(kept._serving._process.pid, signal.SIGKILL)
+        with pytest.raises(InputError, match="serve process"):
+            colocation(trial(policy="chunked", chunk_tokens=128))
+        assert not pair._KEPT  # and nothing of it is left
+        for pid in pids.pop():
+            with pytest.raises(ProcessLookupError):
+                os.kill(pid, 0)
+    finally:
+        pair.release()
+
+
+class FakeChild:
+    """Says `ready` to every order."""
+
+    def __init__(self, side: str, _environment: object) -> None:
+        self.side, self.closed = side, False
+        self.orders: list[dict[str, object]] = []
+
+    def order(self, **order: object) -> None:
+        self.orders.append(order)
+
+    def answer(self, _timeout_s: float, _watch: object = None) -> dict[str, object]:
+        return {"notes": [self.side], "samples": 1, "seconds": 2.0}
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_tuners_are_kept_by_their_thread_percentage_and_spares_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pair, "Child", FakeChild)
+    kept = pair.Processes("cpu")
+    wanted = [pair.Tuning(512, 100), pair.Tuning(128), pair.Tuning(512, 30), pair.Tuning(512, 50)]
+    assert [tuning.limit for tuning in wanted] == [None, None, 30, 50]
+    kept.foresee([(trial(), tuning) for tuning in wanted])
+    assert len(kept._spares) == pair.MOST_SPARES and list(kept._tuners) == [None, 30]
+    whole, spare = kept._tuners[None], kept._spares[0]
+    assert len(kept._awaited) == 3  # serving, and the first tuners
+    assert kept.run(trial(), wanted[0], 1.0)["tuned"]["samples"] == 1
+    assert not kept._awaited
+    kept.run(trial(), wanted[1], 1.0)
+    assert kept._tuners[None] is whole and [o.get("tuning_tokens") for o in whole.orders][-3] == 128  # prepare, begin, end
+    kept.run(trial(), wanted[2], 1.0)
+    kept.run(trial(), wanted[3], 1.0)
+    assert kept._tuners[50] is spare and len(kept._spares) == pair.MOST_SPARES
+    assert list(kept._tuners) == [30, 50] and whole.closed and not spare.closed  # two copies of the weights at most
+    everyone = [*kept._tuners.values(), *kept._spares, kept._serving]
+    kept.close()
+    assert all(child.closed for child in everyone)  # type: ignore[union-attr]
 
 
 def test_a_child_that_dies_is_one_line_and_leaves_nothing() -> None:

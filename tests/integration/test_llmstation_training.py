@@ -159,7 +159,7 @@ def test_fusing_only_moves_forward_tasklets() -> None:
     assert sample.remaining == before
 
 
-class Masked(attention.ReferenceAttention):
+class Masked(attention.SdpaAttention):
     """Decode attention that asks the host nothing, as a graph's must: all of a slot's room, masked by its length."""
 
     def decode(self, qkv, layer, slots):

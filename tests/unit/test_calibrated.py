@@ -71,6 +71,8 @@ def test_engine_facts_are_read(folder: Path) -> None:
     assert facts.padding.decode_rows(5) == 8 and facts.padding.decode_rows(65) == 65
     assert facts.padding.mixed(3, 40, 1) == (16, 64, 24)
     assert facts.padding.mixed(0, 100, 1) == (0, 100, 1)  # prompts alone take graphs up to 64 tokens only
+    assert facts.padding.is_graph(16, 128) and facts.padding.is_graph(0, 64) and not facts.padding.is_graph(0, 128)
+    assert not facts.padding.is_graph(3, 64) and not facts.padding.is_graph(16, 40)
     assert facts.padding.mixed(3, 40, 9) == (3, 40, 12)  # more chunks than a graph takes
     assert facts.padding.mixed(65, 40, 1) == (65, 40, 66)
 
@@ -215,3 +217,63 @@ def test_launching_ahead_never_serves_before_arrival(folder: Path, gaps_s: list[
     arrivals_s = [sum(gaps_s[: i + 1]) for i in range(len(gaps_s))]
     for sequence in served(folder, arrivals_s, ahead=True):
         assert sequence.arrival_s <= sequence.scheduled_s < sequence.first_token_s < sequence.finish_s
+
+
+# ---- several prompts in a step, and steps without a graph
+
+PROMPTS = (
+    "prompts,tokens,n_decode,kv_decode,time_us\n"
+    "1,64,16,512,20\n2,64,16,512,24\n4,64,16,512,26\n1,256,16,512,40\n4,256,16,512,70\n"
+)
+
+
+def test_further_prompts_cost_what_they_were_measured_to_add(folder: Path) -> None:
+    without = costs("llama-3.1-8b", "h200", operators=folder)
+    (folder / "prompts.csv").write_text(PROMPTS)
+    cost = costs("llama-3.1-8b", "h200", operators=folder)
+    one = cost.attention_s([Chunk(64)], 0, 0)
+    assert one == without.attention_s([Chunk(64)], 0, 0), "a single prompt is as before"
+    assert cost.attention_s([Chunk(64)] * 2, 0, 0) - one == pytest.approx(4e-6)
+    assert cost.attention_s([Chunk(64)] * 4, 0, 0) - one == pytest.approx(6e-6)
+    assert cost.attention_s([Chunk(64)] * 9, 0, 0) - one == pytest.approx(8 * 2e-6), "beyond the most: as in steps of the most"
+    unlike = cost.attention_s([Chunk(64), Chunk(256), Chunk(64), Chunk(64)], 0, 0)
+    assert unlike - cost.attention_s([Chunk(256)], 0, 0) == pytest.approx(3 * 2e-6), "the largest is the first"
+    assert cost.attention_s([Chunk(160)] * 4, 0, 0) - cost.attention_s([Chunk(160)], 0, 0) == pytest.approx(3 * 6e-6)
+    beside = cost.attention_s([Chunk(64)] * 2, 64, 64 * 128) - cost.attention_s([Chunk(64)], 64, 64 * 128)
+    assert beside == pytest.approx(4e-6), "decodes are paid for once"
+
+
+@given(st.lists(st.integers(1, 1500), min_size=1, max_size=8), st.integers(1, 1500))
+@settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_the_order_of_prompts_does_not_matter_and_one_more_is_never_cheaper(folder: Path, tokens: list[int], more: int) -> None:
+    (folder / "prompts.csv").write_text(
+        "prompts,tokens,n_decode,kv_decode,time_us\n1,64,16,512,20\n2,64,16,512,24\n4,64,16,512,34\n"
+    )
+    cost = costs("llama-3.1-8b", "h200", operators=folder)
+    seconds = cost.attention_s([Chunk(n) for n in tokens], 0, 0)
+    assert cost.attention_s([Chunk(n) for n in reversed(tokens)], 0, 0) == pytest.approx(seconds)
+    assert cost.attention_s([Chunk(n) for n in (*tokens, more)], 0, 0) >= seconds - 1e-12
+
+
+@pytest.mark.parametrize("text", ["prompts,tokens,n_decode,time_us\n1,8,1,5\n", PROMPTS + "2,8,16,512,0\n"])
+def test_bad_prompts_are_refused(folder: Path, text: str) -> None:
+    (folder / "prompts.csv").write_text(text)
+    with pytest.raises(InputError, match=r"prompts\.csv"):
+        costs("llama-3.1-8b", "h200", operators=folder)
+
+
+def test_steps_without_a_graph_depend_on_all_their_tokens(folder: Path) -> None:
+    """Rows and prompt tokens are alike to every operator but attention; with a graph the padded sizes count."""
+    graphs = "1,512,0,0,4000\n64,512,0,0,6000\n0,512,64,0,5000\n16,512,64,0,5600\n64,512,64,0,7000\n"
+    steps = graphs + "0,512,1024,0,25000\n32,512,2016,0,49000\n"
+    (folder / "steps.csv").write_text("rows,context,chunk,past,time_us\n" + steps)
+    cost = costs("llama-3.1-8b", "h200", operators=folder)
+    assert isinstance(cost, CalibratedCosts)
+    rest_s = cost.rest_s
+    assert rest_s(24, 1000) == rest_s(0, 1024) == rest_s(1, 1023), "one curve"
+    between = (rest_s(0, 1024) + rest_s(32, 2016)) / 2
+    assert rest_s(100, 1436) == pytest.approx(between)
+    each_s = (rest_s(0, 1024) / 1024 + rest_s(32, 2016) / 2048) / 2
+    assert rest_s(100, 4000) == pytest.approx(4100 * each_s), "beyond the largest in proportion to the tokens"
+    assert rest_s(0, 2049) >= rest_s(0, 2048)
+    assert rest_s(16, 64) == pytest.approx(5600e-6 - 32 * cost.attention_s([Chunk(64)], 16, 16 * 512)), "a graph's own size"

@@ -97,10 +97,11 @@ def test_bad_input_is_one_line(measured: Path, tmp_path: Path, capsys: pytest.Ca
 def test_calibrating_needs_a_gpu_that_has_a_name() -> None:
     refused: list[InputError] = []
     files = calibration.calibrations(Config(hardware="h200x2"), refused.append)
-    assert files(None) == ["results/calibrated/h200/llama-3.1-8b/meta.yaml"] and not refused
-    assert calibration.calibrations(Config(hardware="rtx4090"), refused.append)(None) == [
-        "results/calibrated/rtx4090/llama-3.1-8b/meta.yaml"
-    ]
+    h200, rtx4090 = (f"results/calibrated/{gpu}/llama-3.1-8b" for gpu in ("h200", "rtx4090"))
+    both = [f"{h200}/meta.yaml", f"{h200}/corun.yaml"]
+    assert files(None) == [*both, "results/calibrated/h200/all_reduce.csv"] and not refused
+    assert calibration.calibrations(Config(hardware="h200x1"), refused.append)(None) == both
+    assert calibration.calibrations(Config(hardware="rtx4090"), refused.append)(None)[0] == f"{rtx4090}/meta.yaml"
     calibration.calibrations(Config(), refused.append)(None)
     assert refused[0].key == "hardware"
 

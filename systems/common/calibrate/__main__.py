@@ -2,8 +2,10 @@
 
     python -m systems.common.calibrate --model llama-3.1-8b --gpu h200 --out reference/h200/calibrated/llama-3.1-8b
 
-takes about three minutes with one GPU to itself, half a minute with `--quick`. `snakemake calibrate` runs it where a GPU is.
-Use the result with `--operators FOLDER` of `python -m systems.common.simulate`, or `costs(..., operators=FOLDER)`.
+takes up to `--budget-s` seconds with one GPU to itself: a thin grid first (all of it with `--quick`, under a minute), then what
+the full one adds, most telling first. The folder is written after each part; `left_out` in its meta.yaml says what there was no
+time for. `snakemake calibrate` runs it where a GPU is. Use the result with `--operators FOLDER` of
+`python -m systems.common.simulate`, or `costs(..., operators=FOLDER)`.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from systems.common.calibrate.budget import Budget
 from systems.common.errors import InputError
 from systems.common.hardware.datasheet import gpu
 from systems.common.models import model
@@ -24,8 +27,9 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--model", default="llama-3.1-8b", help="a model shape (default: %(default)s)")
     made.add_argument("--gpu", required=True, help="the GPU's name in the datasheet, such as h200")
     made.add_argument("--device", default="cuda", choices=("cuda", "cpu"), help="cpu: a small shape and few points, for tests")
-    made.add_argument("--quick", action="store_true", help="a thin grid: half a minute instead of about three")
-    made.add_argument("--runs", type=int, default=15, help="timed runs per point (default: %(default)s)")
+    made.add_argument("--quick", action="store_true", help="the thin grid alone")
+    made.add_argument("--budget-s", type=float, default=240.0, help="seconds after which no point is begun (%(default)s)")
+    made.add_argument("--runs", type=int, default=5, help="timed runs per point (default: %(default)s)")
     made.add_argument("--commit", default="unknown", help="of this code, where there is no git to ask")
     made.add_argument("--out", type=Path, required=True, help="folder for the tables; a calibration there is replaced")
     return made
@@ -38,12 +42,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
         shape, card = model(options.model, "--model"), gpu(options.gpu, "--gpu")
         if options.runs < 3:
             raise InputError("calibrate", "--runs", options.runs, "give at least 3")
+        if not options.budget_s > 0:
+            raise InputError("calibrate", "--budget-s", options.budget_s, "give seconds, more than 0")
+        budget = Budget(options.budget_s)
         try:
             from systems.common.calibrate.run import calibrate
         except ModuleNotFoundError as error:
             raise InputError("calibrate", "torch", "not installed", "`make torch` installs it") from error
-        folder = calibrate(shape, card.name, options.device, options.runs, options.commit, options.quick)
-        folder.write(options.out)
+        calibrate(
+            shape, card.name, options.device, options.runs, options.commit, options.quick, budget,
+            save=lambda folder: folder.write(options.out),
+        )  # fmt: skip
     except InputError as error:
         print(error, file=sys.stderr)
         return 2

@@ -53,25 +53,25 @@ class Bench:
         return self.config.num_gpu_blocks * self.config.block_tokens
 
     @torch.inference_mode()
-    def fill(self, rows: int, context: int, chunk: int = 0, past: int = 0) -> None:
-        """Give `rows` slots blocks for `context` tokens and a few more, the next one those of a chunk behind `past`."""
+    def fill(self, rows: int, context: int, chunk: int = 0, past: int = 0, prompts: int = 1) -> None:
+        """Give `rows` slots blocks for `context` tokens and a few more, the next `prompts` ones for a chunk behind `past`."""
         cache, steps = self.live.executor.cache, self.live.executor.steps
         wide, long = -(-(context + 8) // cache.block_tokens), -(-(past + chunk) // cache.block_tokens)
         order = torch.randperm(self.config.num_gpu_blocks, device=self.device).to(torch.int32) + 1
-        order = order.repeat(-(-(rows * wide + long) // len(order)))  # blocks shared where the pool is just too small
+        order = order.repeat(-(-(rows * wide + prompts * long) // len(order)))  # shared where the pool is just too small
         cache.tables[:rows, :wide] = order[: rows * wide].view(rows, wide)
         if long:
-            cache.tables[rows, :long] = order[rows * wide : rows * wide + long]
+            cache.tables[rows : rows + prompts, :long] = order[rows * wide : rows * wide + prompts * long].view(prompts, long)
         cache.last_token.random_(0, self.shape.vocab)
         steps.slots.fill_(cache.pad_slot)
         steps.slots[:rows] = torch.arange(rows, device=self.device)
         cache.lengths.zero_()
-        self.rewind(rows, context, chunk, past)
+        self.rewind(rows, context, chunk, past, prompts)
 
     @torch.inference_mode()
-    def rewind(self, rows: int, context: int, chunk: int = 0, past: int = 0) -> None:
+    def rewind(self, rows: int, context: int, chunk: int = 0, past: int = 0, prompts: int = 1) -> None:
         """Set the lengths back to what `fill` made them."""
         lengths = self.live.executor.cache.lengths
         lengths[:rows] = context
         if chunk:
-            lengths[rows] = past
+            lengths[rows : rows + prompts] = past

@@ -6,7 +6,7 @@ kernels count, and weights come from memory as they do in a real step.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -17,6 +17,7 @@ from torch.nn import functional
 from systems.common.calibrate.bench import Bench
 from systems.common.calibrate.clock import Clock
 from systems.common.torch_engine.attention import Chunks
+from systems.common.torch_engine.attention.mirror import Mirror
 from systems.common.torch_engine.kernels.skinny_linear import skinny_linear
 from systems.common.torch_engine.model import SKINNY_ROWS, Transformer
 from systems.common.torch_engine.weights import Weights
@@ -25,11 +26,17 @@ from systems.common.torch_engine.weights import Weights
 class NoAttention:
     """In attention's place: hands out numbers that are there already."""
 
+    graphs = (True, True)
+    mirror: Mirror | None = None
+
     def __init__(self, name: str, out: Tensor) -> None:
         self.name, self._out = name, out
 
     def warm(self, tokens: int) -> None:
         """Nothing to make ready."""
+
+    def plan(self, rows: int, graph: bool) -> None:
+        """Nothing to plan."""
 
     def decode(self, qkv: Tensor, layer: int, slots: Tensor) -> Tensor:
         """The first rows."""
@@ -40,21 +47,19 @@ class NoAttention:
         return self._out[: len(qkv)]
 
 
-def layer_s(bench: Bench, clock: Clock, tokens: Iterable[int]) -> dict[int, float]:
+def layer_s(bench: Bench, clock: Clock, tokens: Iterable[int]) -> Iterator[tuple[int, float]]:
     """Seconds of one layer's token-wise operators, by tokens in the step."""
     whole, half = (_without_attention(bench, layers) for layers in (bench.shape.layers, bench.shape.layers // 2))
     layers = bench.shape.layers - bench.shape.layers // 2
-    found = {}
     for count in tokens:
         times = [clock.time_s(partial(_body, bench, model, count)) for model in (whole, half)]
-        found[count] = (times[0] - times[1]) / layers
-    return found
+        yield count, (times[0] - times[1]) / layers
 
 
-def embedding_s(bench: Bench, clock: Clock, tokens: Iterable[int]) -> dict[int, float]:
+def embedding_s(bench: Bench, clock: Clock, tokens: Sequence[int]) -> Iterator[tuple[int, float]]:
     """Seconds of the token embedding (from the cache's newest tokens) and one norm, by tokens."""
     model, weights = bench.live.executor.model, bench.weights
-    ids = torch.zeros(max(1, *tokens), dtype=torch.int64, device=bench.device).random_(0, bench.shape.vocab)
+    ids = torch.zeros(max([1, *tokens]), dtype=torch.int64, device=bench.device).random_(0, bench.shape.vocab)
     places = torch.arange(len(ids), device=bench.device)
 
     def work(count: int) -> Tensor:
@@ -62,14 +67,15 @@ def embedding_s(bench: Bench, clock: Clock, tokens: Iterable[int]) -> dict[int, 
         x = model.embed(ids[places[:count]], positions)
         return x if _skinny(model, count) else model._add_norm(x, None, weights.layers[0].norm1)
 
-    return {count: clock.time_s(partial(work, count)) for count in tokens}
+    for count in tokens:
+        yield count, clock.time_s(partial(work, count))
 
 
-def head_s(bench: Bench, clock: Clock, sequences: Iterable[int]) -> dict[int, float]:
+def head_s(bench: Bench, clock: Clock, sequences: Sequence[int]) -> Iterator[tuple[int, float]]:
     """Seconds from the last layer's output to committed next tokens (greedy), by rows of logits."""
     executor, weights = bench.live.executor, bench.weights
     model, steps = executor.model, executor.steps
-    h = torch.randn(max(1, *sequences), bench.shape.hidden, device=bench.device).to(weights.embedding.dtype)
+    h = torch.randn(max([1, *sequences]), bench.shape.hidden, device=bench.device).to(weights.embedding.dtype)
 
     def work(count: int) -> Tensor:
         if _skinny(model, count):
@@ -83,7 +89,8 @@ def head_s(bench: Bench, clock: Clock, sequences: Iterable[int]) -> dict[int, fl
         return tokens
 
     bench.fill(0, 0)  # every slot is the padding one: nothing is committed
-    return {count: clock.time_s(partial(work, count)) for count in sequences}
+    for count in sequences:
+        yield count, clock.time_s(partial(work, count))
 
 
 def _skinny(model: Transformer, count: int) -> bool:

@@ -15,6 +15,9 @@ import yaml
 
 from systems.common.errors import InputError
 
+OURS = ("meta.yaml", "engine.yaml", "layer.csv")
+"""A folder with one of these is a calibration's: a workflow takes the first away before it measures again."""
+
 
 @dataclass(slots=True)
 class Folder:
@@ -39,7 +42,7 @@ class Folder:
 
         Raises InputError when it cannot be written, or when something else than a calibration is there.
         """
-        if out.exists() and not (out / "meta.yaml").is_file() and any(out.iterdir()):
+        if out.exists() and not any((out / name).is_file() for name in OURS) and any(out.iterdir()):
             raise InputError(out, "--out", out.name, "holds other files: name a new folder, or one with a calibration")
         made, old = (out.with_name(f".{out.name}.{os.getpid()}.{what}") for what in ("new", "old"))
         try:

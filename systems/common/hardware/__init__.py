@@ -14,7 +14,7 @@ from systems.common.hardware.datasheet import GPUS, Gpu, Testbed, gpu, parse_tes
 from systems.common.hardware.efficiencies import Efficiencies, default_efficiencies
 from systems.common.hardware.roofline import RooflineCosts
 from systems.common.hardware.table_costs import PublishedLinearCosts, TableCosts
-from systems.common.hardware.tables import read_kernel_tables, read_linear_table
+from systems.common.hardware.tables import read_all_reduce, read_kernel_tables, read_linear_table
 from systems.common.models import ModelShape, model
 
 __all__ = [
@@ -32,6 +32,7 @@ def costs(
     source: str = "roofline",
     operators: Path | None = None,
     dtype: str | None = None,
+    all_reduce: Path | None = None,
 ) -> OperatorCosts:
     """The cost model of `shape` on one of `tp` GPUs of `testbed`.
 
@@ -43,6 +44,7 @@ def costs(
         operators: a folder that `snakemake calibrate` wrote, a folder of kernel times or a CSV of linear operators
             (docs/hardware.md); implies their source.
         dtype: number format instead of the shape's own.
+        all_reduce: a CSV of all-reduces measured among `tp` GPUs of this kind, as `calibrate.all_reduce` writes it.
 
     Raises:
         InputError: unknown names, more GPUs asked than there are, `published` without tables, an unusable table.
@@ -55,7 +57,8 @@ def costs(
     if not 1 <= tp <= testbed.count:
         raise InputError("hardware", "tp", tp, f"use 1 to {testbed.count}, the GPUs of {testbed.name}")
     testbed.gpu.dtype(shape.dtype)  # refuses a format that the GPU cannot compute in
-    roofline = RooflineCosts(shape, testbed.gpu, tp, default_efficiencies(testbed.gpu))
+    ring = read_all_reduce(all_reduce, tp) if all_reduce is not None and tp > 1 else None
+    roofline = RooflineCosts(shape, testbed.gpu, tp, default_efficiencies(testbed.gpu), ring)
     if operators is not None:
         return _tables(operators, roofline)
     if source != "roofline":

@@ -5,6 +5,7 @@ Unlike a profiler's folder (tables.py), which times kernels one by one, a calibr
 * `layer.csv` (`tokens,time_us`): all token-wise operators of one decoder layer, as part of a step's CUDA graph;
 * `embedding.csv` (`tokens,time_us`), `head.csv` (`sequences,time_us`): what comes before the first layer, and after the last;
 * `attention.csv` (`prefill_chunk,kv_prefill,n_decode,kv_decode,time_us`): one layer's attention, with rotary and cache writes;
+* `prompts.csv` (`prompts,tokens,n_decode,kv_decode,time_us`): the same where several whole prompts share a step (optional);
 * `steps.csv` (`rows,context,chunk,past,time_us`): whole steps at the sizes that have a graph; less their attention they are
   what the simulator charges for all the rest (step_rest.py);
 * `engine.yaml`: the engine's resolved limits, sizes that have a graph, host time per step;
@@ -31,7 +32,7 @@ from systems.common.hardware.readings import read_numbers
 from systems.common.hardware.roofline import RooflineCosts
 from systems.common.hardware.step_rest import StepRest
 from systems.common.hardware.table_costs import AttentionTable, Listed
-from systems.common.hardware.tables import AttentionPoint, read_attention
+from systems.common.hardware.tables import AttentionPoint, PromptsPoint, read_attention, read_prompts
 
 LIMITS = ("num_gpu_blocks", "block_tokens", "max_num_batched_tokens", "max_num_seqs")
 
@@ -68,6 +69,7 @@ class Calibration:
     head: Curve
     embedding: Curve
     attention: Mapping[AttentionPoint, float]
+    several: Mapping[PromptsPoint, float]
     steps: Mapping[AttentionPoint, float]
     engine: EngineFacts
 
@@ -91,6 +93,7 @@ def read_calibration(folder: Path) -> Calibration:
         _curve(folder / "head.csv", "sequences"),
         _curve(folder / "embedding.csv", "tokens"),
         read_attention(folder / "attention.csv"),
+        read_prompts(folder / "prompts.csv"),
         _steps(folder / "steps.csv"),
         _engine(folder / "engine.yaml"),
     )
@@ -123,8 +126,8 @@ class CalibratedCosts:
         self.layer_linear_s = Listed(calibration.layer)
         self.embedding_s = Listed(calibration.embedding)
         self.head_s = Listed(calibration.head, 1024)
-        self._table = AttentionTable(calibration.attention)
-        self.rest_s = StepRest(calibration.steps, rest.model.layers, self.attention_s)
+        self._table = AttentionTable(calibration.attention, calibration.several)
+        self.rest_s = StepRest(calibration.steps, rest.model.layers, self.attention_s, calibration.engine.padding)
 
     @property
     def source(self) -> str:

@@ -1,7 +1,8 @@
 """What two workloads that share a GPU do to each other.
 
-Until co-run slowdowns have been measured (`snakemake calibrate`, a later part), this analytic model stands in. It is physically
-motivated, has two assumptions and no fitted constant, and every figure that uses it says so:
+Where co-run slowdowns have not been measured (`snakemake calibrate` measures them, interference_table.py reads them), this
+analytic model stands in. It is physically motivated, has two assumptions and no fitted constant, and every figure that uses it
+says so:
 
 1. **Streaming multiprocessors (SMs).** Kernels of two processes under MPS do not mix inside an SM queue: blocks of one
    kernel are dispatched before those of the next (the "leftover" policy). On SMs that both may use, kernels therefore
@@ -20,6 +21,11 @@ SATURATING_SMS = 0.5
 """Share of the SMs that saturates device memory. An assumption: bandwidth tests level off between a third and two thirds."""
 
 
+STREAMS, STEADY, GREEN, MPS = "streams", "steady", "green", "mps"
+"""Ways to share a GPU. Streams with priorities of one process: some tasklets at the start of a step, or tuning that never
+pauses; the latter limited to some SMs by a green context; two processes under MPS."""
+
+
 @dataclass(frozen=True, slots=True)
 class Tenant:
     """What one workload takes of a GPU while it runs alone.
@@ -30,6 +36,7 @@ class Tenant:
         kernel_s: length of its typical large kernel, seconds.
         occupancy: share of its time that it has a kernel on the GPU (the rest is communication or waiting), 0 to 1.
         sm_limit: most of the SMs that it may use, 0 to 1.
+        way: how it shares the GPU, and is limited. Only measured slowdowns tell the ways apart.
     """
 
     compute: float
@@ -37,6 +44,7 @@ class Tenant:
     kernel_s: float
     occupancy: float = 1.0
     sm_limit: float = 1.0
+    way: str = STREAMS
 
     def __post_init__(self) -> None:
         assert 0 <= self.compute <= 1 and 0 <= self.bandwidth <= 1, self
@@ -82,6 +90,10 @@ class Interference(Protocol):
         """Slowdowns while both run."""
         ...
 
+    def alone(self, tuning: Load) -> float:
+        """How many times longer tuning takes with nothing beside it, for its own limit on SMs."""
+        ...
+
 
 class AnalyticInterference:
     """The model described at the head of this module."""
@@ -91,6 +103,10 @@ class AnalyticInterference:
     def slowdowns(self, serving: Load, tuning: Load) -> Slowdowns:
         """Slowdowns while both run, from what the two tenants ask of the GPU."""
         return self.of(serving.tenant, tuning.tenant)
+
+    def alone(self, tuning: Load) -> float:
+        """From what tuning asks of the GPU."""
+        return tuning.tenant.limited_slowdown
 
     def of(self, serving: Tenant, tuning: Tenant) -> Slowdowns:
         """Slowdowns of two tenants, whatever their phases are called."""

@@ -13,6 +13,7 @@ from math import ceil
 
 from systems.common.hardware.attention import TILE_ROWS, keys_walked
 from systems.common.hardware.cost import Affine, Chunk
+from systems.common.hardware.curve import Curve
 from systems.common.hardware.datasheet import Gpu
 from systems.common.hardware.efficiencies import Efficiencies, rounded_max
 from systems.common.hardware.work import (
@@ -32,12 +33,16 @@ SAMPLER_BYTES_PER_LOGIT = 14  # read in 16 bits, written as fp32, read twice mor
 
 @dataclass(frozen=True)
 class RooflineCosts:
-    """`OperatorCosts` from a datasheet and `Efficiencies`, for `model` on one of `tp` GPUs of type `gpu`."""
+    """`OperatorCosts` from a datasheet and `Efficiencies`, for `model` on one of `tp` GPUs of type `gpu`.
+
+    `ring`: seconds of an all-reduce among those GPUs by bytes, where it was measured.
+    """
 
     model: ModelShape
     gpu: Gpu
     tp: int = 1
     efficiencies: Efficiencies = field(default_factory=Efficiencies)
+    ring: Curve | None = None
     _linear: dict[int, float] = field(default_factory=dict, init=False, repr=False, compare=False)
     _head: dict[int, float] = field(default_factory=dict, init=False, repr=False, compare=False)
 
@@ -49,7 +54,8 @@ class RooflineCosts:
         """For a figure's footer, e.g. `roofline rtx3090, efficiencies of rtx4090`."""
         computed = self.gpu.dtype(self.model.dtype)
         swapped = "" if computed == self.model.dtype else f" in {computed}"
-        return f"roofline {self.gpu.name}{swapped}, {self.efficiencies.source}"
+        measured = "" if self.ring is None or self.tp == 1 else ", all-reduces measured"
+        return f"roofline {self.gpu.name}{swapped}, {self.efficiencies.source}{measured}"
 
     @property
     def flops_per_s(self) -> float:
@@ -170,8 +176,10 @@ class RooflineCosts:
         return rounded_max(compute, memory, self.efficiencies.knee)
 
     def all_reduce_s(self, size_bytes: int) -> float:
-        """See `OperatorCosts`: a ring, 2 (tp - 1) / tp of the bytes over the slowest hop."""
+        """See `OperatorCosts`: as measured, or a ring, 2 (tp - 1) / tp of the bytes over the slowest hop."""
         if self.tp == 1 or not size_bytes:
             return 0.0
+        if self.ring is not None:
+            return self.ring.at(size_bytes)
         bandwidth = self.gpu.link(self.tp) * self.efficiencies.all_reduce
         return self.efficiencies.all_reduce_latency_s + ring_bytes(size_bytes, self.tp) / bandwidth

@@ -6,8 +6,9 @@ Contents:
 * `PublishedLinearCosts`: token-wise operators from a table of linear operators, everything else from the roofline.
 
 Attention of a mixed batch. The tables hold one chunk beside n decodes of one length. A batch with several chunks costs
-the sum of its chunks' own times, less the fixed time (the table's shortest prefill) for each chunk after the first,
-because it is one kernel. The decodes cost what the table says they add to the largest of the chunks: beside a prefill
+what further chunks were measured to add to the first (`prompts.csv` of a calibration). Where they were not: the sum of its
+chunks' own times, less the fixed time (the table's shortest prefill) for each chunk after the first, because it is one
+kernel. The decodes cost what the table says they add to the largest of the chunks: beside a prefill
 they are dearer than alone, since the kernel that packs the query heads of a group is used for pure decode batches only.
 A chunk longer than the table's longest is priced as consecutive chunks of that length, which keeps its quadratic growth.
 """
@@ -21,7 +22,15 @@ from dataclasses import dataclass
 from systems.common.hardware.cost import Affine, Chunk
 from systems.common.hardware.curve import Curve, mix, neighbours
 from systems.common.hardware.roofline import RooflineCosts
-from systems.common.hardware.tables import PER_ITERATION, PER_LAYER, VIDUR_LAYER, AttentionPoint, KernelTables, LinearTable
+from systems.common.hardware.tables import (
+    PER_ITERATION,
+    PER_LAYER,
+    VIDUR_LAYER,
+    AttentionPoint,
+    KernelTables,
+    LinearTable,
+    PromptsPoint,
+)
 
 LISTED_TOKENS = 4096  # token counts up to this are answered from a list
 
@@ -61,11 +70,36 @@ class Surface:
         return max(seconds, self.curves[-1].at(context)) if decodes > self.decodes[-1] else seconds
 
 
+class FurtherPrompts:
+    """What each whole prompt after the first adds to a layer's attention, by its tokens and the prompts in the step."""
+
+    def __init__(self, points: Mapping[PromptsPoint, float]) -> None:
+        """`points`: seconds by (prompts, tokens of each, decodes, context per decode); those of one prompt are the base."""
+        found: dict[int, dict[int, float]] = {}
+        for (prompts, tokens, n, c), seconds in points.items():
+            if prompts > 1 and (base := points.get((1, tokens, n, c))) is not None:
+                found.setdefault(tokens, {})[prompts] = max(0.0, seconds - base) / (prompts - 1)
+        self._tokens = tuple(sorted(found))
+        self._curves = [Curve.of(found[tokens].items()) for tokens in self._tokens]
+
+    def __bool__(self) -> bool:
+        return bool(self._tokens)
+
+    def at(self, tokens: int, prompts: int) -> float:
+        """Seconds of a further prompt of `tokens` in a step of `prompts`; as in steps of the most that were measured beyond."""
+        most = [min(prompts, curve.xs[-1]) for curve in self._curves]
+        return max(0.0, sum(w * self._curves[i].at(most[i]) for i, w in neighbours(self._tokens, tokens)))
+
+
 class AttentionTable:
     """One layer's attention over a grid of (chunk, past, decodes, context per decode)."""
 
-    def __init__(self, points: Mapping[AttentionPoint, float]) -> None:
-        """Sort `points` into curves; there must be some for decodes alone and some for a chunk alone."""
+    def __init__(self, points: Mapping[AttentionPoint, float], several: Mapping[PromptsPoint, float] | None = None) -> None:
+        """Sort `points` into curves; there must be some for decodes alone and some for a chunk alone.
+
+        `several`: as `FurtherPrompts` takes them, where they were measured.
+        """
+        self.further = FurtherPrompts(several or {})
         self.decode = _surface({(n, c): s for (chunk, _, n, c), s in points.items() if not chunk and n})
         grouped: dict[int, dict[int, dict[tuple[int, int], float]]] = {}
         for (chunk, past, n, c), seconds in points.items():
@@ -92,12 +126,19 @@ class AttentionTable:
         """Seconds of a batch; see the module's docstring for several chunks and for decodes beside them."""
         if not chunks:
             return self.decode_line(decodes, decode_context).at(decode_context)
+        largest = max(range(len(chunks)), key=lambda i: (chunks[i].tokens, chunks[i].past))
         alone = [self.chunk_s(chunk.tokens, chunk.past) for chunk in chunks]
-        seconds = alone[0] + sum(max(0.0, other - self.fixed_s) for other in alone[1:])
-        if not decodes:
-            return seconds
-        largest = max(chunks, key=lambda chunk: (chunk.tokens, chunk.past))
-        return seconds + self.added_s(largest, decodes, decode_context / decodes)
+        if self.further and len(chunks) > 1:
+            others = (self._further_s(chunk, len(chunks)) for i, chunk in enumerate(chunks) if i != largest)
+            seconds = alone[largest] + sum(others)
+        else:
+            seconds = alone[0] + sum(max(0.0, other - self.fixed_s) for other in alone[1:])
+        return seconds + self.added_s(chunks[largest], decodes, decode_context / decodes) if decodes else seconds
+
+    def _further_s(self, chunk: Chunk, prompts: int) -> float:
+        """What `chunk` adds as one of `prompts`: a whole prompt's share, and what its past costs more."""
+        past_s = self.chunk_s(chunk.tokens, chunk.past) - self.chunk_s(chunk.tokens, 0) if chunk.past else 0.0
+        return self.further.at(chunk.tokens, prompts) + max(0.0, past_s)
 
     def chunk_s(self, tokens: int, past: int) -> float:
         """Seconds of one prefill chunk alone."""

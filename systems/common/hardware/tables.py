@@ -38,6 +38,7 @@ VIDUR_LAYER = (
 )  # fmt: skip
 
 AttentionPoint = tuple[int, int, int, int]  # prefill chunk, its past, decodes, context of each decode (tokens)
+PromptsPoint = tuple[int, int, int, int]  # prompts, tokens of each, decodes, context of each decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +169,18 @@ def read_attention(path: Path) -> dict[AttentionPoint, float]:
         if not present:
             raise InputError(path, f"column {column}", 0, f"add rows where {column} alone is above 0")
     return found
+
+
+def read_prompts(path: Path) -> dict[PromptsPoint, float]:
+    """Seconds of attention over several whole prompts in one step, from a CSV with times in us; empty without the file.
+
+    Raises InputError for a missing column or a bad value.
+    """
+    if not path.is_file():
+        return {}
+    columns = read_numbers(path, ("prompts", "tokens", "n_decode", "kv_decode", "time_us"))
+    rows = enumerate(zip(*columns.values(), strict=True), start=2)
+    return {(int(k), int(tokens), int(n), int(c)): _seconds(path, row, us) for row, (k, tokens, n, c, us) in rows}
 
 
 def _seconds(path: Path, row: int, us: float) -> float:

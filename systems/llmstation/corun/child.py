@@ -1,7 +1,8 @@
 """One side of a pair of processes: `python -m systems.llmstation.corun.child serve|tune` (started by `pair`, under MPS).
 
-Speaks JSON lines. Reads its orders from standard input: first what to do, then `begin`, then (tuning only) `end`. Says `ready`
-once warm and `done` with what came out. When standard input closes its owner is gone: it ends at once.
+Speaks JSON lines and lives from trial to trial. Reads its orders from standard input: `prepare` (with the trial), which it
+answers with `ready` once warm; `begin`; for tuning `end`; and answers `done` with what came out. Tuning runs between `begin`
+and `end` alone. When standard input closes its owner is gone: it ends at once.
 """
 
 from __future__ import annotations
@@ -12,17 +13,19 @@ import queue
 import sys
 import threading
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from systems.common.errors import InputError
 
 ENDED = 3
+Order = Mapping[str, Any]
 
 
-def _orders() -> queue.Queue[dict[str, Any]]:
+def _orders() -> queue.Queue[Order]:
     """Orders as they come; the process ends when there can be no more."""
-    orders: queue.Queue[dict[str, Any]] = queue.Queue()
+    orders: queue.Queue[Order] = queue.Queue()
 
     def read() -> None:
         for line in sys.stdin:
@@ -40,39 +43,47 @@ def _say(**told: object) -> None:
     out.flush()
 
 
-def tune(orders: queue.Queue[dict[str, Any]]) -> None:
-    """Tune without a break; count samples between `begin` and `end`."""
+def tune(orders: queue.Queue[Order]) -> None:
+    """Tune without a break from every `begin` to the next `end`, and count samples."""
+    # before the first order: who waits for orders has imported everything; nothing here touches the GPU yet
     from systems.llmstation.corun.measure import wanted_of
     from systems.llmstation.corun.tuning_only import TuningOnly
 
-    order = orders.get()
-    # torchtune runs with activation checkpointing (sheet 3)
-    job = TuningOnly.start(replace(wanted_of(order["trial"], tuning_tokens=order["tuning_tokens"]), recompute=True))
-    _say(ready=True, notes=list(job.notes))
-    begun: tuple[float, float] | None = None
+    job: TuningOnly | None = None
     while True:
-        try:
-            order = orders.get_nowait()
-        except queue.Empty:
-            job.advance()
+        order = orders.get()
+        if order["order"] == "prepare":
+            os.environ.update(order["environment"])  # MPS reads it when the process first touches the GPU
+            # torchtune runs with activation checkpointing (sheet 3)
+            wanted = replace(wanted_of(order["trial"], tuning_tokens=order["tuning_tokens"]), recompute=True)
+            if job is None or job.wanted != wanted:
+                job = None  # its trainer's memory first
+                job = TuningOnly.start(wanted)
+            _say(ready=True, notes=list(job.notes))
             continue
+        assert order["order"] == "begin" and job is not None, order
+        samples, since_s = job.tuner.samples, time.perf_counter()
+        while orders.empty():
+            job.advance()
         job.tuner.drain()
-        if order.get("order") == "begin":
-            begun = job.tuner.samples, time.perf_counter()
-        else:
-            samples, since_s = begun or (job.tuner.samples, time.perf_counter())
-            _say(done=True, samples=job.tuner.samples - samples, seconds=time.perf_counter() - since_s)
-            return
+        assert orders.get()["order"] == "end"
+        _say(done=True, samples=job.tuner.samples - samples, seconds=time.perf_counter() - since_s)
 
 
-def serve(orders: queue.Queue[dict[str, Any]]) -> None:
-    """Serve the workload of a trial alone, from `begin` on."""
+def serve(orders: queue.Queue[Order]) -> None:
+    """Serve the workload of each trial alone, from `begin` on."""
     from systems.llmstation.corun.measure import serve_alone, trial_of
 
-    run = serve_alone(trial_of(orders.get()["trial"]))
-    _say(ready=True, notes=[])
-    assert orders.get()["order"] == "begin"
-    _say(done=True, **run())
+    run = None
+    while True:
+        order = orders.get()
+        if order["order"] == "prepare":
+            os.environ.update(order["environment"])
+            run = serve_alone(trial_of(order["trial"]))
+            _say(ready=True, notes=[])
+            continue
+        assert order["order"] == "begin" and run is not None, order
+        _say(done=True, **run())
 
 
 def main() -> None:

@@ -16,6 +16,8 @@ from systems.llmstation.corun.executor import CoRunExecutor
 NAP_S = 1e-4
 POLLED_S = 1e-3
 """Nothing to launch: sleep at most this long, and so little just before something is due."""
+TELLING_S = 0.25
+"""A request that was cut off has a time per token once it has decoded for so long."""
 
 
 class Colocated:
@@ -25,6 +27,8 @@ class Colocated:
         self.engine, self.executor, self.beside = engine, executor, executor.beside
         self.lag_s: list[float] = []
         """How late each request was handed to the engine: the client's own schedule lag and the steps under way."""
+        self.tpot_so_far_s: dict[int, float] = {}
+        """Of the requests that were cut off while they decoded, by index: seconds per token after the first until then."""
         self._began = 0.0
 
     def now_s(self) -> float:
@@ -66,9 +70,17 @@ class Colocated:
         executor.drain()
         retime(engine, sequences, booked, [end - self._began for end in executor.flights.ended_s])
         for sequence in [s for s in sequences if s.index in engine.state.running or s in engine.state.waiting]:
+            self._note_cut(sequence)
             engine.abort(sequence)
         executor.release_ended()
         return [*sequences, *map(Sequence, requests[coming:])]
+
+    def _note_cut(self, sequence: Sequence) -> None:
+        """How fast the tokens of a sequence came until it was cut off, if it has decoded for long enough to say."""
+        tokens, ended_s = len(self.executor.outputs.get(sequence.index, ())), self.executor.flights.ended_s
+        decoded_s = ended_s[-1] - self._began - sequence.first_token_s if ended_s else math.nan
+        if tokens > 1 and decoded_s >= TELLING_S:
+            self.tpot_so_far_s[sequence.index] = decoded_s / (tokens - 1)
 
     def _put_off(self) -> None:
         """Tune until shortly before the step under way ends: requests that arrive meanwhile join the next one."""

@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from systems.common.core import Request, Trial
 from systems.common.engine.results import to_records
@@ -20,11 +21,19 @@ from systems.common.workloads.build import build
 from systems.llmstation.corun.beside import Beside
 from systems.llmstation.corun.session import Session, Wanted, session
 
+FloatArray = npt.NDArray[np.float64]
 CPU = "cpux1"
 """The testbed of tests: a tiny model, lengths cut down."""
 CPU_TOKENS = 48
+CPU_BLOCKS = 512
+ENDLESS_S = 1e12
 DRAIN_S = 20.0
-"""After the last arrival a run goes on for so long at most."""
+"""After the last arrival a run goes on for so long at most, where the parameter `drain_s` does not say otherwise."""
+
+
+def drain_of(trial: Trial) -> float:
+    """Seconds that a run of `trial` goes on for at most after the last arrival."""
+    return number(trial.parameters, "drain_s", DRAIN_S)
 
 
 def device_of(hardware: str) -> str:
@@ -57,7 +66,7 @@ def wanted_of(trial: Trial | Mapping[str, Any], utilisation: float = 0.75, tunin
         shape=shape,
         device=device,
         utilisation=0.0 if blocks else utilisation,
-        blocks=blocks,
+        blocks=min(blocks, CPU_BLOCKS) if device == "cpu" else blocks,
         max_num_batched_tokens=int(number(parameters, "max_num_batched_tokens", 2048)),
         max_num_seqs=16 if device == "cpu" else int(number(parameters, "max_num_seqs", 256)),
         max_tokens=longest,
@@ -120,45 +129,68 @@ class Served:
         records: of all requests; those that did not finish in time say `CUT`.
         duration_s: from the start to the last finish, or to the cut.
         lag_p99_s: how late requests were handed to the engine (P99).
+        tpot_so_far_s: seconds per token of those that were cut off, until then, by index; those that had begun long enough ago.
     """
 
     records: Records
     duration_s: float
     lag_p99_s: float
+    tpot_so_far_s: Mapping[int, float] = field(default_factory=dict)
 
 
-def serve(held: Session, beside: Beside, requests: list[Request]) -> Served:
-    """Serve `requests` on `held` with tuning by `beside`."""
+def serve(held: Session, beside: Beside, requests: list[Request], drain_s: float = DRAIN_S) -> Served:
+    """Serve `requests` on `held` with tuning by `beside`; what is not done `drain_s` after the last arrival is cut off."""
     run = held.colocated(beside)
-    until_s = (requests[-1].arrival_s if requests else 0.0) + DRAIN_S
+    until_s = (requests[-1].arrival_s if requests else 0.0) + drain_s
     records = to_records(run.serve(requests, until_s))
     cut = bool((records.status == CUT).any())
     ends = records.finish_s[~np.isnan(records.finish_s)]
     duration_s = until_s if cut or not len(ends) else float(ends.max())
-    return Served(records, duration_s, percentile(run.lag_s, 99) if run.lag_s else math.nan)
+    lag_s = percentile(run.lag_s, 99) if run.lag_s else math.nan
+    return Served(records, duration_s, lag_s, dict(run.tpot_so_far_s))
 
 
-def censored(records: Records) -> dict[str, float]:
-    """P99 TTFT and TPOT where requests that were cut off count as infinitely late: an overload must not look good."""
+def censored(records: Records, tpot_so_far_s: Mapping[int, float] | None = None) -> dict[str, float]:
+    """P99 TTFT and TPOT where some requests were cut off: an overload must not look good, nor a short run bad.
+
+    Without a first token a request is infinitely late. One that was decoding counts with its time per token until then, or,
+    where `tpot_so_far_s` (seconds, by request) is None, as infinitely slow; one that had hardly begun says nothing of TPOT.
+    """
     cut = records.status == CUT
     if not cut.any():
         return {}
     ttft_s = np.where(np.isnan(records.ttft_s), math.inf, records.ttft_s)
-    tpot_s = np.where(cut & (records.output_tokens > 1), math.inf, records.tpot_s)
-    return {"ttft_p99_s": percentile(ttft_s, 99), "tpot_p99_s": percentile(tpot_s, 99)}
+    late = np.full(len(records), math.inf)
+    if tpot_so_far_s is not None:
+        late[~np.isnan(records.ttft_s)] = math.nan
+        for index, so_far_s in tpot_so_far_s.items():
+            late[index] = so_far_s
+    tpot_s = np.where(cut & (records.output_tokens > 1), late, records.tpot_s)
+    return {"ttft_p99_s": _p99(ttft_s), "tpot_p99_s": _p99(tpot_s)}
+
+
+def _p99(values: FloatArray) -> float:
+    """Their P99, also where it lies between two infinite ones."""
+    finite = np.where(np.isinf(values), ENDLESS_S, values)
+    found = percentile(finite, 99)
+    return math.inf if found >= ENDLESS_S / 1e3 else found
 
 
 def serve_alone(trial: Trial, utilisation: float = 0.45) -> Callable[[], dict[str, Any]]:
-    """Prepare to serve `trial`'s workload without tuning in this process; the call that does it, as JSON can hold it."""
+    """Prepare to serve `trial`'s workload without tuning in this process; the call that does it, as JSON can hold it.
+
+    Who does not call it has warmed up the session of the next trial that wants the same.
+    """
     requests, notes = workload_of(trial)
     held = session(with_adapters(wanted_of(trial, utilisation, tuning_tokens=0), trial, requests))
 
     def run() -> dict[str, Any]:
-        served = serve(held, Beside(held.lanes), requests)
+        served = serve(held, Beside(held.lanes), requests, drain_of(trial))
         return {
             "columns": served.records.columns(),
             "duration_s": served.duration_s,
             "lag_p99_s": served.lag_p99_s,
+            "tpot_so_far_s": list(served.tpot_so_far_s.items()),
             "blocks": held.config.num_gpu_blocks,
             "notes": [*held.notes, *notes],
         }

@@ -96,7 +96,7 @@ class Session:
         if wanted.device == "cuda" and not torch.cuda.is_available():
             raise InputError("llmstation", "hardware", "cuda", "no GPU here: measure on a GPU host, or use hardware=cpux1")
         shape = wanted.shape
-        weights = random_weights(shape, 0, wanted.device)
+        weights = weights_of(shape, wanted.device)
         if wanted.tuning_tokens and trainer is None:
             trainer = make_trainer(shape, weights, wanted)
         share, limit = wanted.utilisation, wanted.max_num_batched_tokens
@@ -224,6 +224,17 @@ def _engine_notes(executor: CoRunExecutor, config: EngineConfig) -> tuple[str, .
     attention = type(executor.model.attention).__name__
     graphs = f"{len(executor.steps.sizes)} decode graphs" if executor.device.type == "cuda" else "no graphs"
     return (f"attention {attention}, {config.num_gpu_blocks} KV blocks of {config.block_tokens} tokens, {graphs}",)
+
+
+_WEIGHTS: dict[tuple[ModelShape, str], Weights] = {}
+
+
+def weights_of(shape: ModelShape, device: str) -> Weights:
+    """Random weights, those of the call before if they are of the same model: nobody changes them."""
+    if (shape, device) not in _WEIGHTS:
+        _WEIGHTS.clear()
+        _WEIGHTS[shape, device] = random_weights(shape, 0, device)
+    return _WEIGHTS[shape, device]
 
 
 _KEPT: dict[Wanted, Session] = {}

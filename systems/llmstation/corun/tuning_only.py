@@ -7,9 +7,8 @@ from dataclasses import dataclass
 import torch
 
 from systems.common.errors import InputError
-from systems.common.torch_engine.weights import random_weights
 from systems.llmstation.corun.lanes import lanes_of
-from systems.llmstation.corun.session import Wanted, make_trainer, samples
+from systems.llmstation.corun.session import Wanted, make_trainer, samples, weights_of
 from systems.llmstation.corun.tuner import Tuner
 
 
@@ -17,12 +16,13 @@ from systems.llmstation.corun.tuner import Tuner
 class TuningOnly:
     """A tuning job that runs whenever it is asked to."""
 
+    wanted: Wanted
     tuner: Tuner
     notes: tuple[str, ...]
 
     @classmethod
     def start(cls, wanted: Wanted) -> TuningOnly:
-        """Weights and trainer, two samples done.
+        """Weights (kept from job to job) and trainer, two samples done.
 
         Raises:
             InputError: no such device.
@@ -30,12 +30,11 @@ class TuningOnly:
         if wanted.device == "cuda" and not torch.cuda.is_available():
             raise InputError("llmstation", "hardware", "cuda", "no GPU here: measure on a GPU host, or use hardware=cpux1")
         shape = wanted.shape
-        weights = random_weights(shape, 0, wanted.device)
-        trainer = make_trainer(shape, weights, wanted)
+        trainer = make_trainer(shape, weights_of(shape, wanted.device), wanted)
         tokens = wanted.tuning_tokens
         plan = trainer.plan(1, tokens)
         tuner = Tuner(trainer, samples(shape, tokens, 0, wanted.device), plan, lanes_of(torch.device(wanted.device)))
-        job = cls(tuner, _seen(wanted.device))
+        job = cls(wanted, tuner, _seen(wanted.device))
         for _ in range(2 * len(plan)):
             job.advance()
         tuner.drain()
