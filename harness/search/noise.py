@@ -43,7 +43,7 @@ def margin(metric: float, limit: float) -> float:
     """`ln(metric / limit)` cut off at `CLIP`; NaN and inf are as bad as can be, zero and below as good as can be."""
     if not math.isfinite(metric):
         return CLIP
-    return -CLIP if metric <= 0 else max(-CLIP, min(CLIP, math.log(metric / limit)))
+    return -CLIP if metric <= 0 else max(-CLIP, min(CLIP, math.log(metric) - math.log(limit)))
 
 
 def student(degrees: int) -> float:

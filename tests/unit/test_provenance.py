@@ -116,12 +116,14 @@ def test_only_measured_trials_depend_on_the_code_that_runs_models(tmp_path: Path
 
     def both() -> tuple[str, list[str]]:
         versions.code_version.cache_clear()
+        versions._executing.cache_clear()
         return versions.code_version("systems/common"), versions.executing_version("measured")
 
     before = both()
     (part / "model.py").write_text("two = 3\n")
     after = both()
     versions.code_version.cache_clear()
+    versions._executing.cache_clear()
     assert after[0] == before[0]
     assert after[1] != before[1]
     assert versions.executing_version("simulated") == []
