@@ -6,8 +6,10 @@ from snakemake.utils import min_version
 min_version("9.14")
 
 from harness import calibration, retries, runlock, streams, targets
+from harness.warm import start
 
 PROJECT = targets.load(config)
+start.keep(workflow, PROJECT.config.backend)
 runlock.guard(workflow)
 streams.outlive_readers(logger)
 retries.only_where_they_may_help()

@@ -79,8 +79,12 @@ class Job:
     def _simulated(self, point: Point, space: SearchSpace) -> Hint:
         """The same search at the same point on the simulator; nothing where it does not know the hardware."""
         simulated = replace(self, config=self.config.model_copy(update={"backend": "simulated"}))
+        fine = load_figure(self.path).search
+        assert fine is not None, "a figure with knobs has a search"
         try:
-            return hint(space, lambda probe: _answer(simulated, space, probe, _run_trial(simulated, point, probe).metrics))
+            return hint(
+                space, fine, lambda probe: _answer(simulated, space, probe, _run_trial(simulated, point, probe).metrics)
+            )
         except InputError as error:
             cli.say(f"no hint from the simulator: {error}")
             return Hint(None, 0)
@@ -123,13 +127,13 @@ def run(job: Job, out: Path) -> list[Row]:
     Raises:
         InputError: an experiment refuses its parameters, or a metric that the figure names is not there.
     """
-    history = _history(job, out)
+    history = history_of(job, out)
     points = job.points()
     progress = Progress(f"{system_of(job.path)}/{job.path.stem} {job.series}", len(points))
-    return [_search(job, point, history, progress) for point in points]
+    return [_search(Search.of(job, point, history), progress) for point in points]
 
 
-def _history(job: Job, out: Path) -> History:
+def history_of(job: Job, out: Path) -> History:
     """The history beside `out`, emptied when it belongs to something else than `job`."""
     path, key = out.with_suffix(".history.jsonl"), out.with_suffix(".key")
     belongs_to = key.read_text(encoding="utf-8") if key.exists() else None
@@ -141,17 +145,57 @@ def _history(job: Job, out: Path) -> History:
     return History(path)
 
 
-def _search(job: Job, point: Point, history: History, progress: Progress) -> Row:
-    space = job.space_at(point)
-    answers = history.replay(point.at, space)
-    while isinstance(step := _propose(job, space, answers), Probe):
-        ran = _run_trial(job, point, step)
-        answer = _answer(job, space, step, ran.metrics)
-        history.append(point.at, answer, ran.hash)
-        answers.append(answer)
-        progress.probe(point.at, _best(space, answers))
-    progress.point(point.at, step.objective if step.feasible else None)
-    return _row(job, point, step, len(answers))
+@dataclass(frozen=True, slots=True)
+class Search:
+    """The search at one point of a series, probe by probe."""
+
+    job: Job
+    point: Point
+    history: History
+    space: SearchSpace
+    answers: list[Answer]
+
+    @classmethod
+    def of(cls, job: Job, point: Point, history: History) -> Search:
+        """The search at `point`, from where `history` ends."""
+        space = job.space_at(point)
+        return cls(job, point, history, space, history.replay(point.at, space))
+
+    @property
+    def step(self) -> Probe | Verdict:
+        """The next question, or how it ended."""
+        return _propose(self.job, self.space, self.answers)
+
+    def ask(self, probe: Probe) -> None:
+        """Run the trial of the next question."""
+        ran = _run_trial(self.job, self.point, probe)
+        answer = _answer(self.job, self.space, probe, ran.metrics)
+        self.history.append(self.point.at, answer, ran.hash)
+        self.answers.append(answer)
+
+    @property
+    def best(self) -> float | None:
+        """The best objective within the limits so far."""
+        return max((answer.objective for answer in self.answers if violation(answer, self.space) <= 0), default=None)
+
+    def row(self) -> Row | None:
+        """The point of the table: what has been found so far, if anything was asked."""
+        if not self.answers:
+            return None
+        step = self.step
+        if isinstance(step, Probe):  # cut short: judged as if no more probes had been granted
+            step = _propose(self.job, self.space.model_copy(update={"budget": len(self.answers)}), self.answers)
+        assert isinstance(step, Verdict)
+        return _row(self.job, self.point, step, len(self.answers))
+
+
+def _search(search: Search, progress: Progress) -> Row:
+    at = search.point.at
+    while isinstance(step := search.step, Probe):
+        search.ask(step)
+        progress.probe(at, search.best)
+    progress.point(at, step.objective if step.feasible else None)
+    return _row(search.job, search.point, step, len(search.answers))
 
 
 def _run_trial(job: Job, point: Point, probe: Probe) -> Ran:
@@ -188,10 +232,6 @@ def _metric(job: Job, metrics: Mapping[str, Scalar], name: str) -> Scalar:
         mend = f"{job.figure.experiment} has no such metric{suggest(name, sorted(metrics))}"
         raise InputError(job.path, "columns" if name in job.figure.columns else "search", name, mend)
     return metrics[name]
-
-
-def _best(space: SearchSpace, answers: Sequence[Answer]) -> float | None:
-    return max((answer.objective for answer in answers if violation(answer, space) <= 0), default=None)
 
 
 def _row(job: Job, point: Point, verdict: Verdict, probes: int) -> Row:

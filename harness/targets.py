@@ -48,6 +48,7 @@ SERIES_CODE = (
     "harness/figure_file.py",
     "harness/search",
     "harness/rows.py",
+    "harness/columns.py",
     "harness/rescale.py",
     "harness/hint.py",
     "harness/reference.py",
@@ -120,9 +121,14 @@ class Project:
         names += ["claims.json"] if figure.file.claims else []
         return [f"{self.run}/{figure.system}/{figure.name}/{name}" for name in names]
 
-    def claims(self) -> list[str]:
-        """The verdicts of all figures."""
-        return [path for path in self.products(self.figures) if path.endswith("/claims.json")]
+    def claims(self) -> list[str] | Callable[[object], list[str]]:
+        """The verdicts of all figures; where there are none, an input function that says so in one line."""
+        return [path for path in self.products(self.figures) if path.endswith("/claims.json")] or self._no_claims
+
+    def _no_claims(self, _wildcards: object) -> NoReturn:
+        made, backend = sum(not self.obstacle(figure) for figure in self.figures), self.config.backend
+        mend = f"none of the {made} figures that it makes has a claim: use another backend or hardware"
+        refuse(InputError("config", "backend, hardware", f"{backend}, {self.config.hardware}", mend))
 
     def obstacle(self, figure: Figure) -> InputError | None:
         """Why `figure` cannot be made under this configuration, if it cannot."""

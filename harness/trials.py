@@ -23,6 +23,7 @@ from typing import Any
 from harness import provenance
 from harness.atomic import atomic_folder
 from harness.code_version import executing_version, system_version
+from harness.columns import table_of
 from harness.config import Config
 from harness.manifest import Manifest
 from systems.registry import InputError, Outcome, Scalar, Trial, experiment
@@ -162,9 +163,8 @@ def _write_json(path: Path, data: Mapping[str, Any]) -> None:
 
 
 def _write_requests(path: Path, columns: Mapping[str, Sequence[Scalar]]) -> None:
-    import pyarrow  # not at import: a series whose trials have all run does not need it
-    import pyarrow.parquet
+    import pyarrow.parquet  # not at import: a series whose trials have all run does not need it
 
-    table = pyarrow.table({key: list(column) for key, column in columns.items()})
+    table = table_of(columns)
     with path.open("wb") as file:
         pyarrow.parquet.write_table(table, file, compression="zstd")

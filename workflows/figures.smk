@@ -81,7 +81,7 @@ rule write_table:
     params:
         code=PROJECT.table_code,
     shell:
-        "exec python -m harness.table --figure {input.figure:q} --series {input.series:q}"
+        "exec $FIVEFOLD_HERE python -m harness.table --figure {input.figure:q} --series {input.series:q}"
         " --out {output:q} --log {log:q}"
 
 
@@ -101,7 +101,7 @@ rule draw_figure:
     params:
         code=PROJECT.draw_code,
     shell:
-        "exec python -m harness.draw figure --figure {input.figure:q} --table {input.table:q}"
+        "exec $FIVEFOLD_HERE python -m harness.draw figure --figure {input.figure:q} --table {input.table:q}"
         " --series {input.series:q} --rescale {input.rescale:q} --out {output:q} --log {log:q}"
 
 
@@ -121,7 +121,7 @@ rule draw_search:
     params:
         code=PROJECT.draw_code,
     shell:
-        "exec python -m harness.draw search --figure {input.figure:q} --table {input.table:q}"
+        "exec $FIVEFOLD_HERE python -m harness.draw search --figure {input.figure:q} --table {input.table:q}"
         " --series {input.series:q} --rescale {input.rescale:q} --out {output:q} --log {log:q}"
 
 
@@ -140,7 +140,7 @@ rule judge_claims:
     params:
         code=PROJECT.claims_code,
     shell:
-        "exec python -m harness.verdicts --figure {input.figure:q} --table {input.table:q}"
+        "exec $FIVEFOLD_HERE python -m harness.verdicts --figure {input.figure:q} --table {input.table:q}"
         " --series {input.series:q} --out {output:q} --log {log:q}"
 
 
@@ -154,4 +154,4 @@ rule claims:
     conda:
         "envs/fivefold.yaml"
     shell:
-        "exec python -m harness.claims {input:q} --docs docs --log {log:q}"
+        "exec $FIVEFOLD_HERE python -m harness.claims {input:q} --docs docs --log {log:q}"

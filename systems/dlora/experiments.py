@@ -13,6 +13,7 @@ from systems.common.workloads.build import Workload, build
 from systems.dlora import published
 from systems.dlora.bench import Bench
 from systems.dlora.cluster.simulated import Cluster
+from systems.dlora.experiments_recorded import RECORDED_EXPERIMENTS
 from systems.dlora.requests import LoraSequence
 
 WORKLOAD_KEYS = ("rate_rps", "requests", "adapters", "map_stride")
@@ -208,4 +209,5 @@ EXPERIMENTS: Mapping[str, Callable[[Trial], Outcome]] = {
     "overhead": overhead,
     "branch_cost": branch_cost,
     "load_profile": load_profile,
+    **RECORDED_EXPERIMENTS,
 }

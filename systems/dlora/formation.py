@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from systems.common.engine.config import EngineConfig
 from systems.dlora.requests import LoraSequence, Place, RequestQueue
 
+READY = Place.READY  # asked for every request of every iteration, where looking it up in the enumeration takes its time
+
 
 @dataclass(slots=True)
 class Batch:
@@ -30,12 +32,12 @@ class Batch:
     @property
     def sequences(self) -> list[LoraSequence]:
         """All of it, prefills first."""
-        return self.prefills + self.decodes
+        return self.prefills + self.decodes if self.prefills else self.decodes
 
     @property
     def adapters(self) -> list[int]:
         """Distinct adapters, in order of appearance."""
-        return list(dict.fromkeys([s.adapter for s in self.prefills] + [s.adapter for s in self.decodes]))
+        return list(dict.fromkeys([s.adapter for s in self.sequences]))
 
 
 class KvPool:
@@ -49,7 +51,7 @@ class KvPool:
 
     def held(self, sequence: LoraSequence) -> int:
         """Blocks that `sequence` holds on the GPU."""
-        return self.config.blocks(sequence.context) if sequence.place is Place.READY else 0
+        return self.config.blocks(sequence.context) if sequence.place is READY else 0
 
     def release(self, sequence: LoraSequence) -> None:
         """Free the blocks of `sequence`."""
@@ -57,11 +59,13 @@ class KvPool:
 
     def grow(self, sequences: Sequence[LoraSequence], steps: int) -> int:
         """Blocks that `steps` more tokens for each of `sequences` take."""
-        blocks = self.config.blocks
-        return sum([blocks(s.context + steps) - blocks(s.context) for s in sequences])
+        block = self.config.block_tokens
+        return sum([(s.context + steps - 1) // block - (s.context - 1) // block for s in sequences])
 
     def steps_within(self, sequences: Sequence[LoraSequence], steps: int) -> int:
         """Most of `steps` that the free blocks allow."""
+        if len(sequences) * self.config.blocks(steps) <= self.free_blocks:  # at most so many, whatever they hold
+            return steps
         if self.grow(sequences, steps) <= self.free_blocks:
             return steps
         low, high = 0, steps
@@ -76,44 +80,50 @@ class KvPool:
         A decode without room swaps out the youngest running requests that are not in the batch. The same is done for the first
         request of `order`, whatever it is, so that a batch is never empty.
         """
+        config = self.config
+        most, budget, block = config.max_num_seqs, config.max_num_batched_tokens, config.block_tokens
+        watermark = config.watermark_blocks
         batch, tokens, reserved = Batch(), 0, 0
-        for sequence in order:
-            if len(batch) == self.config.max_num_seqs:
+        for count, sequence in enumerate(order[:most]):
+            place = sequence.place
+            if place is READY:  # nearly all: the block of its coming token, if that is the first one in it
+                need, cost = 0 if sequence.context % block else 1, 1
+                left_free = 0
+            else:
+                need, cost = self._need(sequence)
+                left_free = watermark if count else 0
+            if count and tokens + cost > budget:
                 break
-            need, cost = self._need(sequence)
-            watermark = 0 if sequence.place is Place.READY or not len(batch) else self.config.watermark_blocks
-            if len(batch) and tokens + cost > self.config.max_num_batched_tokens:
-                break
-            if need > self.free_blocks - reserved - watermark:
-                may_evict = sequence.place is Place.READY or not len(batch)
+            if need > self.free_blocks - reserved - left_free:
+                may_evict = place is READY or not count
                 if not (may_evict and self._evict(need + reserved, sequence, batch, queue)):
                     break
             tokens += cost
-            reserved += self._admit(sequence, need, batch)
+            if place is READY:
+                batch.decodes.append(sequence)
+                reserved += need
+            else:
+                reserved += self._admit(sequence, need, batch)
         return batch
 
     def _need(self, sequence: LoraSequence) -> tuple[int, int]:
-        """Blocks and tokens of one iteration of `sequence`."""
-        blocks = self.config.blocks
+        """Blocks and tokens of one iteration of `sequence`, which is not on the GPU."""
         if sequence.place is Place.WAITING:
-            return blocks(sequence.prompt_tokens), sequence.prompt_tokens
-        grown = blocks(sequence.context + 1)
-        return grown - (blocks(sequence.context) if sequence.place is Place.READY else 0), 1
+            return self.config.blocks(sequence.prompt_tokens), sequence.prompt_tokens
+        return self.config.blocks(sequence.context + 1), 1
 
     def _admit(self, sequence: LoraSequence, need: int, batch: Batch) -> int:
-        """Put `sequence` into the batch; the blocks that its coming token will take."""
+        """Put `sequence`, which is not on the GPU, into the batch; the blocks that its coming token will take."""
         if sequence.place is Place.WAITING:
             self.free_blocks -= need
             batch.prefills.append(sequence)
             return 0
-        if sequence.place is Place.SWAPPED:
-            back = self.config.blocks(sequence.context)
-            self.free_blocks -= back
-            batch.swapped_in_blocks += back
-            sequence.place = Place.READY
-            need -= back
+        back = self.config.blocks(sequence.context)
+        self.free_blocks -= back
+        batch.swapped_in_blocks += back
+        sequence.place = READY
         batch.decodes.append(sequence)
-        return need
+        return need - back
 
     def _evict(self, need: int, keep: LoraSequence, batch: Batch, queue: RequestQueue) -> bool:
         """Swap out running requests from the tail until `need` blocks are free; whether they are."""
@@ -121,7 +131,7 @@ class KvPool:
         for victim in reversed(queue.order):
             if need <= self.free_blocks:
                 break
-            if victim.place is Place.READY and victim not in inside:
+            if victim.place is READY and victim not in inside:
                 batch.swapped_out_blocks += self.held(victim)
                 self.release(victim)
                 victim.place = Place.SWAPPED

@@ -13,7 +13,7 @@ from systems.common.engine.config import EngineConfig
 from systems.common.engine.executor import DecodeRun
 from systems.common.errors import InputError
 from systems.dlora.costs import Iteration, ReplicaCosts
-from systems.dlora.formation import Batch, KvPool
+from systems.dlora.formation import READY, Batch, KvPool
 from systems.dlora.policies import Plan, Policy
 from systems.dlora.requests import LoraSequence, Place, RequestQueue
 from systems.dlora.slots import Slots
@@ -89,11 +89,12 @@ class Replica:
         self.decisions += 1
         batch = self.pool.form(plan.order, self.queue)
         assert len(batch), "a batch is never empty"
-        overhead_s = self._prepare(plan, batch)
+        adapters = batch.adapters if plan.merged is None else [plan.merged]
+        overhead_s = self._prepare(plan, batch, adapters)
         context = sum([s.context for s in batch.decodes])
         merged = plan.merged is not None
         chunks = tuple([s.prompt_tokens for s in batch.prefills])
-        priced = Iteration(merged, chunks, len(batch.decodes), context, len(self.slots.resident), len(batch.adapters))
+        priced = Iteration(merged, chunks, len(batch.decodes), context, len(self.slots.resident), len(adapters))
         line = self.costs.run(priced)
         steps = 1 if chunks or overhead_s or not self.jumps else self._jump(plan, batch, line)
         self.run = Run(plan, batch, now_s, overhead_s, line, steps)
@@ -102,16 +103,17 @@ class Replica:
                 sequence.scheduled_s = now_s
         return self.run.end_s()
 
-    def _prepare(self, plan: Plan, batch: Batch) -> float:
+    def _prepare(self, plan: Plan, batch: Batch, adapters: list[int]) -> float:
         """Seconds of adapter copies, changes of mode and swaps before the first iteration."""
         slots = self.slots
         passes = 0 if plan.merged == slots.merged else (slots.merged is not None) + (plan.merged is not None)
         if passes:
             slots.merged = None
-        loads = slots.take(batch.adapters if plan.merged is None else [plan.merged], self.queue.counts())
+        loads = slots.take(adapters, self.queue.outstanding)
         slots.merged = plan.merged
         self.switches += passes
-        switch_s, load_s = passes * self.costs.switch_s(), self.costs.load_s(len(loads)) if loads else 0.0
+        switch_s = passes * self.costs.switch_s() if passes else 0.0
+        load_s = self.costs.load_s(len(loads)) if loads else 0.0
         self.switching_s += switch_s
         self.loading_s += load_s
         blocks = batch.swapped_in_blocks + batch.swapped_out_blocks
@@ -151,7 +153,7 @@ class Replica:
             sequence.executed_s += took_s
         for sequence in batch.prefills:
             sequence.context = sequence.prompt_tokens
-            sequence.place = Place.READY
+            sequence.place = READY
             sequence.generated += 1
             sequence.executed_s += took_s
             if sequence.generated == 1:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left, insort
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from enum import StrEnum
 
 from systems.common.core import Request
@@ -76,13 +76,15 @@ class RequestQueue:
     Attributes:
         order: every request, by arrival; equal arrivals by number.
         by_adapter: the same per adapter; adapters without requests are absent.
+        outstanding: how many requests each of these adapters has. All three change with the queue: copy what is to stay.
     """
 
-    __slots__ = ("by_adapter", "order")
+    __slots__ = ("by_adapter", "order", "outstanding")
 
     def __init__(self) -> None:
         self.order: list[LoraSequence] = []
         self.by_adapter: dict[int, list[LoraSequence]] = {}
+        self.outstanding: dict[int, int] = {}
 
     def __len__(self) -> int:
         return len(self.order)
@@ -97,6 +99,7 @@ class RequestQueue:
                 queue.append(sequence)
             else:
                 insort(queue, sequence, key=_key)
+        self.outstanding[sequence.adapter] = self.outstanding.get(sequence.adapter, 0) + 1
 
     def remove(self, sequence: LoraSequence) -> None:
         """Take out a request. Raises ValueError when it is not here."""
@@ -106,9 +109,6 @@ class RequestQueue:
             if place == len(queue) or queue[place] is not sequence:
                 raise ValueError(f"request {sequence.index} is not in this queue")
             del queue[place]
+        self.outstanding[sequence.adapter] = len(mine)
         if not mine:
-            del self.by_adapter[sequence.adapter]
-
-    def counts(self) -> Mapping[int, int]:
-        """Outstanding requests per adapter."""
-        return {adapter: len(queue) for adapter, queue in self.by_adapter.items()}
+            del self.by_adapter[sequence.adapter], self.outstanding[sequence.adapter]

@@ -36,6 +36,12 @@ class Slots:
         Raises:
             InputError: more adapters are wanted than there are slots (besides the pinned one).
         """
+        resident = self.resident
+        if resident.keys() >= set(wanted):
+            for adapter in wanted:
+                del resident[adapter]
+                resident[adapter] = None
+            return []
         needed = set(wanted)
         if self.merged is not None:
             needed.add(self.merged)

@@ -110,10 +110,11 @@ def test_two_runs_in_one_folder(project: Project) -> None:
 
 
 def series_processes(process: subprocess.Popen[str]) -> list[psutil.Process]:
+    """Whatever runs series: their own processes, those that wait for them, and the server that they are forked from."""
     found = []
     for child in psutil.Process(process.pid).children(recursive=True):
         try:
-            if "harness.series" in child.cmdline():
+            if {"harness.series", "harness.warm.server"} & set(child.cmdline()):
                 found.append(child)
         except psutil.Error:
             continue

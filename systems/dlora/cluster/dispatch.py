@@ -32,7 +32,7 @@ def choose(
     """The cheapest replica for a request of `adapter`, the first among equals; and the idle adapter that makes room there.
 
     Args:
-        views: per replica; None where it is dead is not allowed, its `hosted` must be empty instead.
+        views: per replica that may take it: of those alive, where `proactive_s` is not given the hosts of `adapter`.
         adapter: the request's.
         batch: largest batch.
         proactive_s: cost of loading an adapter; given, replicas qualify that do not host `adapter` but host one that is idle

@@ -29,9 +29,6 @@ def solver_s(requests: int, replicas: int) -> float:
     return 0.03 * (replicas / 2) ** 2 + 1e-5 * requests
 
 
-NOBODY = View({}, frozenset())
-
-
 @dataclass(frozen=True, slots=True)
 class ClusterRules:
     """How requests are dispatched and moved.
@@ -138,29 +135,22 @@ class Cluster:
         kind = self.rules.migration
         stale = kind == "round_robin"
         every = kind == "proactive"
-        views = [
-            View(self._reported[e] if stale else self._counts(e), self.hosts[e])
-            if self.alive[e] and (every or adapter in self.hosts[e])
-            else NOBODY
-            for e in range(len(self.replicas))
-        ]
+        engines = [e for e, hosted in enumerate(self.hosts) if (every or adapter in hosted) and self.alive[e]]
+        views = [View(self._reported[e] if stale else self.replicas[e].queue.outstanding, self.hosts[e]) for e in engines]
         batch = self.replicas[0].config.max_num_seqs
         if every:
             copies: dict[int, int] = {}
             for hosted in self.hosts:
                 for k in hosted:
                     copies[k] = copies.get(k, 0) + 1
-            engine, victim = choose(views, adapter, batch, LOAD_S, copies)
+            place, victim = choose(views, adapter, batch, LOAD_S, copies)
             if victim is not None:
-                self.hosts[engine] = (self.hosts[engine] - {victim}) | {adapter}
+                self.hosts[engines[place]] = (self.hosts[engines[place]] - {victim}) | {adapter}
         else:
-            engine, _ = choose(views, adapter, batch)
-        if engine < 0:
+            place, _ = choose(views, adapter, batch)
+        if place < 0:
             raise InputError("dlora", "adapter", adapter, "no replica that is alive hosts it")
-        return engine
-
-    def _counts(self, engine: int) -> Mapping[int, int]:
-        return self.replicas[engine].queue.counts()
+        return engines[place]
 
     def _submit(self, sequence: LoraSequence, engine: int, now_s: float) -> None:
         replica = self.replicas[engine]
@@ -186,7 +176,8 @@ class Cluster:
             return
         replica = self.replicas[engine]
         self._unfinished -= len(replica.end())
-        self._reported[engine] = self._counts(engine) if self.rules.migration == "round_robin" else {}
+        if self.rules.migration == "round_robin":
+            self._reported[engine] = dict(replica.queue.outstanding)
         if self._outbox[engine]:
             self._send(engine, now_s)
         if replica.run is None:  # a request that came back at once has begun one

@@ -54,6 +54,9 @@ class Policy(Protocol):
 
 def within_slots(order: Sequence[LoraSequence], slots: int, most: int, stop: bool = False) -> list[LoraSequence]:
     """The first `most` requests of at most `slots` distinct adapters; with `stop`, up to the first one more."""
+    head = order[:most]
+    if len(head) <= slots or len({sequence.adapter for sequence in head}) <= slots:  # mostly
+        return list(head)
     adapters: set[int] = set()
     chosen: list[LoraSequence] = []
     for sequence in order:

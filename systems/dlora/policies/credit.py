@@ -119,7 +119,8 @@ class Credit:
         return self._by_mode(queue, fcfs, prioritised)
 
     def _by_mode(self, queue: RequestQueue, fcfs: list[LoraSequence], prioritised: frozenset[int]) -> CreditPlan:
-        counts = {m: len(mine) for m, mine in queue.by_adapter.items() if self.credit(m) >= 0}
+        credits, start = self.credits, self._start
+        counts = {m: count for m, count in queue.outstanding.items() if credits.get(m, start) >= 0}
         now, size = self.merged, len(fcfs)
         target = max(counts, key=counts.__getitem__) if counts else None
         most = counts[target] if target is not None else 0
@@ -135,18 +136,19 @@ class Credit:
         return CreditPlan(chosen, into, self._displaced(fcfs, chosen, into), prioritised, target, *work)
 
     def _overdue(self) -> frozenset[int]:
-        if not self.credits:
-            return self._prioritised
         left, right, last = self._left, self._right, self._prioritised
+        if not self.credits or max(self.credits.values()) < left:
+            return frozenset()
         return frozenset(m for m, credit in self.credits.items() if credit >= right or (m in last and credit >= left))
 
     def _displaced(self, fcfs: list[LoraSequence], chosen: list[LoraSequence], payer: int) -> tuple[tuple[int, int], ...]:
         """Everybody whom the merged adapter displaces is paid by it; half where the batches differ in size."""
-        displaced = Counter([sequence.adapter for sequence in fcfs if sequence.adapter != payer])
-        if not displaced:
+        others = [sequence.adapter for sequence in fcfs if sequence.adapter != payer]
+        if not others:
             return ()
+        displaced = Counter(others)
         unit = self._merged_unit if len(chosen) == len(fcfs) else self._merged_unit // 2
-        paid = sum(displaced.values()) * unit
+        paid = len(others) * unit
         return ((payer, -paid), *((adapter, count * unit) for adapter, count in displaced.items()))
 
     def _swapped(self, fcfs: list[LoraSequence], chosen: list[LoraSequence]) -> tuple[tuple[int, int], ...]:
@@ -168,12 +170,14 @@ class Credit:
         for adapter, gain in plan.transfers:
             credit = self.credit(adapter)
             overdue = adapter in plan.prioritised
-            if gain < 0:
-                floors = [floor for floor in (0, self._left if overdue else None) if floor is not None and credit >= floor]
-                steps = min([steps, *((credit - floor) // -gain + 1 for floor in floors)])
-            else:
-                marks = [mark for mark in (0, None if overdue else self._right) if mark is not None and credit < mark]
-                steps = min([steps, *(-((credit - mark) // gain) for mark in marks)])
+            if gain < 0:  # until it falls below a floor
+                for floor in (0, self._left) if overdue else (0,):
+                    if credit >= floor:
+                        steps = min(steps, (credit - floor) // -gain + 1)
+            else:  # until it reaches a mark
+                for mark in (0,) if overdue else (0, self._right):
+                    if credit < mark:
+                        steps = min(steps, -((credit - mark) // gain))
         return max(1, steps)
 
     def ran(self, plan: Plan, queue: RequestQueue, steps: int) -> None:
