@@ -43,12 +43,12 @@ from systems.common.engine.config import EngineConfig
 from systems.common.models import ModelShape, model
 from systems.common.torch_engine.drivers import Live
 from systems.common.torch_engine.kernels.merge_lora import MergeTiling
-from systems.common.torch_engine.lora import Adapter, merge, random_adapter
+from systems.common.torch_engine.lora import Adapter, matrices, merge, random_adapter
 from systems.common.torch_engine.numerics import DTYPES
 from systems.common.torch_engine.weights import Weights, random_weights
 from systems.dlora.lora_engine.bank import SITES, SlotBank
 from systems.dlora.lora_engine.constants import measure_constants
-from systems.dlora.lora_engine.passes import Passes, matrices
+from systems.dlora.lora_engine.passes import Passes
 from systems.dlora.lora_engine.runner import LoraRunner
 from systems.dlora.lora_engine.switching import Copy, InPlace, drift_bound, layer_bytes
 

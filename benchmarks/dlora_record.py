@@ -32,7 +32,7 @@ from harness.provenance import commit  # noqa: E402
 from harness.reference import Reference  # noqa: E402
 from harness.rows import About, Row  # noqa: E402
 from harness.table import as_csv, columns  # noqa: E402
-from systems.dlora import experiments_recorded  # noqa: E402
+from systems.dlora import experiments_recorded, fidelity  # noqa: E402
 from systems.registry import InputError, Trial, experiment  # noqa: E402
 
 FIGURES = ROOT / "figures" / "dlora"
@@ -43,34 +43,13 @@ FIGURES = ROOT / "figures" / "dlora"
 
 def add_measured(path: Path, day: str, driver: str, measured_commit: str = "") -> Path:
     """Put the parts of a benchmark's file into the reference; the file written. Raises InputError for another file."""
-    told = _read(path)
-    if "parts" in told:  # of dlora_cluster_gpu
-        target = experiments_recorded.REFERENCE / experiments_recorded.SEVERAL
-        parts = {name: runs for name, runs in told["parts"].items() if runs}
-        head = {key: value for key, value in told.items() if key not in ("parts", "command", "took_s")}
-    elif isinstance(told.get("machine"), Mapping):
-        target = experiments_recorded.REFERENCE / experiments_recorded.ONE
-        parts = {
-            name: part
-            for name, part in told.items()
-            if isinstance(part, Mapping) and name != "machine" and not ({"error", "skipped"} & part.keys())
-        }
-        head = {"copy_bytes_per_s": told["copy_bytes_per_s"]}
-    else:
-        raise InputError(path, "benchmark", path.name, "give what benchmarks/dlora_gpu.py or dlora_cluster_gpu.py wrote")
-    if _device(told) == "cpu":
-        raise InputError(path, "machine", "cpu", "was measured without a GPU: nothing of it is kept")
-    whole = _read(target) if target.is_file() else {}
-    code = commit(ROOT)
-    origin = {
-        "date": day, "commit": measured_commit or f"{str(code['commit'])[:10]}{'+' if code['dirty'] is True else ''}",
-        "device": _device(told), "driver": driver or _driver(told), "torch": told.get("torch") or told["machine"].get("torch"),
-        "model": told.get("model"), "seed": told.get("seed", 0), "command": _command(told.get("command") or []),
-    }  # fmt: skip
+    told = fidelity.read(path)
+    target, parts, head = _kept(path, told)
+    whole = fidelity.read(target) if target.is_file() else {}
+    origin = _origin(told, day, driver, measured_commit)
     asked = {**whole.get("asked", {}), **told.get("asked", {})}
-    whole = (
-        {**whole, **head} if "fig11a" in parts or "parts" not in told else {**head, **whole}
-    )  # fig11a is predicted with them
+    newest = "fig11a" in parts or "parts" not in told  # fig11a is predicted with what stands at the file's head
+    whole = {**whole, **head} if newest else {**head, **whole}
     if asked:
         whole["asked"] = asked
     whole["provenance"] = {**origin, "parts": {**whole.get("provenance", {}).get("parts", {}), **dict.fromkeys(parts, origin)}}
@@ -84,6 +63,34 @@ def add_measured(path: Path, day: str, driver: str, measured_commit: str = "") -
     text = re.sub(r"\[\s+([-+.\de,\s]+?)\s+\]", lambda found: f"[{' '.join(found[1].split())}]", text)
     write_atomically(target, text + "\n")
     return target
+
+
+def _kept(path: Path, told: Mapping[str, Any]) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """Which file keeps what `told` says, its parts that did not fail, and what they have in common."""
+    root = experiments_recorded.REFERENCE
+    if "parts" not in told and not (isinstance(told.get("machine"), Mapping) and "copy_bytes_per_s" in told):
+        raise InputError(path, "benchmark", path.name, "give what benchmarks/dlora_gpu.py or dlora_cluster_gpu.py wrote")
+    if _device(told) == "cpu":
+        raise InputError(path, "machine", "cpu", "was measured without a GPU: nothing of it is kept")
+    if "parts" in told:  # of dlora_cluster_gpu
+        parts = {name: runs for name, runs in told["parts"].items() if runs}
+        head = {key: value for key, value in told.items() if key not in ("parts", "command", "took_s")}
+        return root / experiments_recorded.SEVERAL, parts, head
+    parts = {
+        name: part
+        for name, part in told.items()
+        if isinstance(part, Mapping) and name != "machine" and not ({"error", "skipped"} & part.keys())
+    }
+    return root / experiments_recorded.ONE, parts, {"copy_bytes_per_s": told["copy_bytes_per_s"]}
+
+
+def _origin(told: Mapping[str, Any], day: str, driver: str, measured_commit: str) -> dict[str, Any]:
+    code = commit(ROOT)
+    return {
+        "date": day, "commit": measured_commit or f"{str(code['commit'])[:10]}{'+' if code['dirty'] is True else ''}",
+        "device": _device(told), "driver": driver or _driver(told), "torch": told.get("torch") or told["machine"].get("torch"),
+        "model": told.get("model"), "seed": told.get("seed", 0), "command": _command(told.get("command") or []),
+    }  # fmt: skip
 
 
 def _device(told: Mapping[str, Any]) -> str:
@@ -115,47 +122,39 @@ def _rounded(value: Any) -> Any:  # JSON is anything
     return [_rounded(one) for one in value] if isinstance(value, list | tuple) else value
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise InputError(path, "file", type(error).__name__, "give a JSON file that one of the benchmarks wrote") from error
-    if not isinstance(found, dict):
-        raise InputError(path, "file", type(found).__name__, "give a JSON file that one of the benchmarks wrote")
-    return found
-
-
 # ---- figures
 
 
-def rows(figure: FigureFile, name: str) -> tuple[list[Row], set[str]]:
-    """The points of one series, and what they want said. Raises InputError where nothing is recorded."""
+def rows(figure: FigureFile, name: str) -> tuple[list[Row], About]:
+    """The points of one series, and what stands behind them. Raises InputError where nothing is recorded."""
     found: list[Row] = []
     notes: set[str] = set()
+    sides: set[str] = set()
     for point in figure.points(name):
         trial = Trial("dlora", figure.experiment, point.parameters, figure.testbed, "recorded")
         outcome = experiment("dlora", figure.experiment)(trial)
         notes |= set(outcome.notes)
+        sides.add("simulated" if trial.parameters.get("side") == "simulated" else "measured")
         row: Row = {"series": name, **point.at}
         row |= {key: outcome.metrics[key] for key in (figure.objective, *figure.columns)}
         found.append(row | {"feasible": True, "outcome": "recorded", "probes": 1, "trial": None})
     if all(row[figure.objective] is None for row in found):
         raise InputError(figure.title, name, "no point", "nothing of it was measured")
-    return found, notes
+    return found, _about(figure.testbed, sides, notes)
 
 
-def _about(testbed: str, notes: set[str]) -> About:
+def _about(testbed: str, sides: set[str], notes: set[str]) -> About:
     """The notes name the commits that were measured: those go where commits go."""
     commits = sorted({found for note in notes for found in re.findall(r", commit ([^ :]+)", note)})
     said = sorted(re.sub(r", commit [^ :]+", "", note) for note in notes)
-    return About([testbed], ["measured"], ["paper"], [0], commits, notes=said)
+    return About([testbed], sorted(sides), ["paper"], [0], commits, notes=said)
 
 
 def record(path: Path, root: Path = ROOT / "reference") -> Path:
     """Write one figure's reference; its folder. Raises InputError where its tables are not there."""
     figure = load_figure(path)
     read = {series.name: rows(figure, series.name) for series in figure.series}
-    about = {name: asdict(_about(figure.testbed, notes)) for name, (_, notes) in read.items()}
+    about = {name: asdict(known) for name, (_, known) in read.items()}
     folder = Reference.of("dlora", path.stem, figure.testbed, root).folder
     folder.mkdir(parents=True, exist_ok=True)
     whole = [row for found, _ in read.values() for row in found]

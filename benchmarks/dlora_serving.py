@@ -31,6 +31,7 @@ from systems.common.models import ModelShape
 from systems.common.torch_engine.drivers import Live
 from systems.common.torch_engine.weights import Weights
 from systems.common.workloads.build import build
+from systems.dlora import fidelity
 from systems.dlora.lora_engine.adapters import HostAdapter
 from systems.dlora.lora_engine.bank import SITES, SlotBank
 from systems.dlora.lora_engine.constants import Constants, measure_constants
@@ -39,8 +40,6 @@ from systems.dlora.lora_engine.passes import Passes
 from systems.dlora.lora_engine.runner import LoraRunner
 from systems.dlora.lora_engine.switching import Copy
 from systems.dlora.policies import Plan, Policy
-from systems.dlora.policies.credit import Credit
-from systems.dlora.policies.static import Fcfs, Merge
 from systems.dlora.replica import engine_config
 from systems.dlora.requests import LoraSequence, Place, RequestQueue
 
@@ -143,9 +142,7 @@ class Watched(LiveReplica):
 
 def policy_of(name: str, constants: Constants, adapters: int, slots: int) -> Policy:
     """One of `POLICIES` for a replica of 16 requests a batch."""
-    if name == "fcfs":
-        return Fcfs(slots, ROWS)
-    return Merge(ROWS) if name == "merge" else Credit(adapters, slots, ROWS, constants.rules())
+    return fidelity.policy_of(name, constants.rules(), adapters, slots, ROWS)
 
 
 def run(runner: LoraRunner, policy: Policy, requests: Iterable[tuple[Request, int]]) -> tuple[Watched, list[LoraSequence]]:

@@ -85,7 +85,7 @@ class Prediction:
 
 
 def policy_of(name: str, rules: CreditRules, adapters: int, slots: int, batch: int) -> Policy:
-    """`fcfs`, `merge` or `credit`, as the benchmark makes them."""
+    """`fcfs`, `merge` or `credit`, for the benchmark and for its simulation."""
     made: dict[str, Callable[[], Policy]] = {
         "fcfs": lambda: Fcfs(slots, batch),
         "merge": lambda: Merge(batch),
@@ -288,13 +288,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The benchmark's file. Raises InputError when it is none."""
+    """A benchmark's file. Raises InputError when it is none."""
     try:
         found = json.loads(path.read_bytes())
     except (OSError, ValueError) as error:
-        raise InputError(path, "file", type(error).__name__, "give what benchmarks/dlora_gpu.py wrote") from error
+        raise InputError(path, "file", type(error).__name__, "give what one of dLoRA's benchmarks wrote") from error
     if not isinstance(found, dict):
-        raise InputError(path, "file", type(found).__name__, "give what benchmarks/dlora_gpu.py wrote")
+        raise InputError(path, "file", type(found).__name__, "give what one of dLoRA's benchmarks wrote")
     return found
 
 

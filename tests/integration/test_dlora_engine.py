@@ -17,13 +17,13 @@ from systems.common.engine.config import EngineConfig  # noqa: E402
 from systems.common.errors import InputError  # noqa: E402
 from systems.common.models import model  # noqa: E402
 from systems.common.torch_engine.drivers import Live  # noqa: E402
-from systems.common.torch_engine.lora import MODULES, merge, random_adapter  # noqa: E402
+from systems.common.torch_engine.lora import MODULES, Adapter, matrices, merge, random_adapter  # noqa: E402
 from systems.common.torch_engine.weights import random_weights  # noqa: E402
 from systems.dlora.lora_engine.adapters import packed, read  # noqa: E402
 from systems.dlora.lora_engine.bank import SlotBank  # noqa: E402
 from systems.dlora.lora_engine.constants import Constants, measure_constants  # noqa: E402
 from systems.dlora.lora_engine.live import LiveReplica, serve  # noqa: E402
-from systems.dlora.lora_engine.passes import Passes, matrices  # noqa: E402
+from systems.dlora.lora_engine.passes import Passes  # noqa: E402
 from systems.dlora.lora_engine.runner import LoraRunner  # noqa: E402
 from systems.dlora.lora_engine.switching import Copy, InPlace, choose, drift_bound  # noqa: E402
 from systems.dlora.policies.credit import Credit  # noqa: E402
@@ -288,6 +288,15 @@ def test_one_slot_in_place() -> None:
     assert made.store.residents.slot_of == {"a2": 1}
 
 
+def test_a_direct_change_in_place_lets_go_of_the_slot_of_what_was_merged() -> None:
+    made = runner(capacity=2, scheme="in-place")
+    for name in ("a0", "a1"):
+        made.prepare_merged(name)
+    assert made.scheme.passes == 2
+    made.prepare_unmerged(["a2", "a3"])
+    assert set(made.store.residents.slot_of) == {"a2", "a3"}
+
+
 def test_removing_an_adapter() -> None:
     for scheme in ("copy", "in-place"):
         made = runner(scheme=scheme)
@@ -326,6 +335,17 @@ def test_a_batch_with_more_adapters_than_slots() -> None:
         made.admit(9, np.zeros(1000, np.int64), None)
     with pytest.raises(InputError, match="use one of a0"):
         made.admit(9, prompt(0), "nobody")
+
+
+def test_an_adapter_in_memory_that_does_not_fit_is_refused() -> None:
+    made, module = runner(), "model.layers.0.self_attn.q_proj"
+    a, b = ADAPTERS["a0"].modules[module]
+    broken = [(a, b[:, :-1], "not of one rank"), (a[:, :-1], b, "does not fit"), (a, b.long(), "float32, float16 and bfloat16")]
+    wide = torch.zeros(32, a.shape[1]), torch.zeros(b.shape[0], 32)
+    for mine, theirs, told in [*broken, (*wide, "higher than the engine's 16")]:
+        with pytest.raises(InputError, match=told):
+            made.add("broken", Adapter({module: (mine, theirs)}))
+    assert "broken" not in made.store.host and "broken" not in made.store.residents.outstanding
 
 
 def test_the_constants_are_measured_on_an_idle_runner() -> None:

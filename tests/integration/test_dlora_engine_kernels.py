@@ -30,11 +30,11 @@ else:
     from systems.common.models import ModelShape, model
     from systems.common.torch_engine.kernels.merge_lora import MergeTiling, addresses, merge_lora
     from systems.common.torch_engine.kernels.row_lora import SPLITS, expand, shrink
+    from systems.common.torch_engine.lora import matrices as of_layer
     from systems.common.torch_engine.lora import random_adapter
     from systems.common.torch_engine.weights import random_weights
     from systems.dlora.lora_engine.bank import SITES, SlotBank
     from systems.dlora.lora_engine.passes import Passes
-    from systems.dlora.lora_engine.passes import matrices as of_layer
     from systems.dlora.lora_engine.runner import LoraRunner
     from systems.dlora.lora_engine.switching import InPlace
 
@@ -44,13 +44,13 @@ else:
     def rand(*shape: int, dtype=torch.float32):
         return torch.randn(*shape, device=DEVICE).to(dtype)
 
-    def bank(places: int, dtype):
-        return rand(places, len(ENDS) * RANK, INNER, dtype=dtype) / 8, rand(places, ENDS[-1], RANK, dtype=dtype) / 8
+    def bank(places: int, dtype, inner: int = INNER):
+        return rand(places, len(ENDS) * RANK, inner, dtype=dtype) * inner**-0.5, rand(places, ENDS[-1], RANK, dtype=dtype) / 8
 
     def delta(a, b, place: int):
         """B A of one place, part by part, in float64."""
         if not place:
-            return torch.zeros(ENDS[-1], INNER, dtype=torch.float64, device=DEVICE)
+            return torch.zeros(ENDS[-1], a.shape[2], dtype=torch.float64, device=DEVICE)
         parts = zip((0, *ENDS), ENDS, a[place].double().split(RANK), strict=False)
         return torch.cat([b[place, begin:end].double() @ part for begin, end, part in parts])
 
@@ -73,10 +73,11 @@ else:
             assert all(map(torch.equal, targets, weights))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-    @pytest.mark.parametrize("rows", [1, 5])
-    def test_rows_of_different_adapters(dtype, rows: int) -> None:
-        a, b = bank(4, dtype)
-        x, y = rand(rows, INNER, dtype=dtype), rand(rows, ENDS[-1], dtype=dtype)
+    @pytest.mark.parametrize(("rows", "inner"), [(1, INNER), (5, INNER), (5, 2560)])
+    def test_rows_of_different_adapters(dtype, rows: int, inner: int) -> None:
+        """2560 inputs: each program takes two steps, the last programs find nothing left."""
+        a, b = bank(4, dtype, inner)
+        x, y = rand(rows, inner, dtype=dtype), rand(rows, ENDS[-1], dtype=dtype)
         of_slot = torch.tensor([2, 0, 3, 2, 1, 0], device=DEVICE)
         slots = torch.tensor([0, 1, 2, 3, 4], device=DEVICE)[:rows]
         low = torch.full((rows, SPLITS, len(ENDS), RANK), float("nan"), device=DEVICE)

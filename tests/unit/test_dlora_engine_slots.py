@@ -46,6 +46,16 @@ def test_a_batch_with_more_adapters_than_slots_waits() -> None:
     assert slots.fitting("bc") == ["b", "c"]
 
 
+def test_a_pinned_adapter_stays_though_it_is_used_least() -> None:
+    slots = residents(2, "abc")
+    slots.place("ab")
+    slots.pin("a")
+    slots.begin("b")
+    assert slots.place("c") == [Load("c", 2, "b")]
+    slots.unpin("a")
+    assert slots.place("b") == [Load("b", 1, "a")]
+
+
 def test_an_adapter_in_use_is_refused_or_goes_with_its_last_request() -> None:
     slots = residents(2, "ab")
     slots.begin("a")

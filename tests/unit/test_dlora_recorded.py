@@ -34,7 +34,7 @@ def reference(tmp_path, monkeypatch):
 def written(folder: Path, **parts: object) -> Path:
     """A benchmark's file."""
     path = folder / "measured.json"
-    path.write_text(json.dumps({"command": ["/somewhere/dlora_gpu.py", "--out", "/root/x", "--limit-s", "9"], **parts}))
+    path.write_text(json.dumps({"command": ["/somewhere/dlora_gpu.py", "--out", "/elsewhere/x", "--limit-s", "9"], **parts}))
     return path
 
 
@@ -65,6 +65,16 @@ def test_recorded_tables_are_what_the_benchmarks_files_say(path, tmp_path):
             assert float(mine) == pytest.approx(float(theirs), rel=1e-3)  # some are simulated anew
         except ValueError:
             assert mine == theirs
+
+
+def test_a_footer_says_what_was_simulated(tmp_path):
+    told = json.loads(
+        (dlora_record.record(ROOT / "figures" / "dlora" / "h200_heldout.yaml", tmp_path) / "provenance.json").read_text()
+    )
+    assert {name: about["backends"] for name, about in told["about"].items()} == {
+        f"{policy}{side}": ["simulated" if side else "measured"]
+        for policy in ("unmerged", "merged", "dlora") for side in ("", "_simulated")
+    }  # fmt: skip
 
 
 def test_the_simulator_is_within_ten_percent_of_the_held_out_runs_of_an_h200():
@@ -151,7 +161,10 @@ def test_a_cluster_file_goes_to_its_own_place(tmp_path, reference):
         experiments_recorded.balanced(Trial("dlora", "recorded_balanced", {**asked, "rate": 1.2}, "h200x2", "recorded"))
 
 
-@pytest.mark.parametrize("text", ["[]", "{", '{"machine": {"device": "cpu"}, "copy_bytes_per_s": 1}', '{"a": 1}'])
+@pytest.mark.parametrize(
+    "text",
+    ["[]", "{", '{"machine": {"device": "cpu"}, "copy_bytes_per_s": 1}', '{"a": 1}', '{"machine": {}}', '{"machine": 1}'],
+)
 def test_other_files_are_refused_with_code_2(text, tmp_path, reference, capsys):
     (tmp_path / "bad.json").write_text(text)
     assert dlora_record.main(["--measured", str(tmp_path / "bad.json"), "h200_fig5"]) == 2

@@ -230,12 +230,13 @@ def merge(shape: ModelShape, weights: Weights, adapter: Adapter, sign: float = 1
     for module, (a, b) in adapter.modules.items():
         _, _, layer, kind = module.split(".", 3)
         site, begin = sites[kind]
-        linear = _linear(weights.layers[int(layer)], site)
+        linear = matrices(weights.layers[int(layer)])[site]
         if isinstance(linear, Quantised):
             raise InputError("adapter", "merge", module, "quantised weights cannot take it in: keep it in the adapters' bank")
         target = linear.weight[begin : begin + b.shape[0]]
         target += (sign * adapter.scale * (b.float() @ a.float())).to(target)
 
 
-def _linear(layer: Layer, site: str) -> Linear:
-    return {"qkv": layer.qkv, "o": layer.o, "up": layer.up, "down": layer.down}[site]
+def matrices(layer: Layer) -> dict[str, Linear]:
+    """A layer's matrices by site."""
+    return {"qkv": layer.qkv, "o": layer.o, "up": layer.up, "down": layer.down}

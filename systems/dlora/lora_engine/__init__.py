@@ -6,5 +6,6 @@ Rooms, in reading order:
 * `bank`: adapters on the device, with three back ends for unmerged batches behind one interface.
 * `passes`: merge, unmerge and a -> b in one pass over the weights. `switching`: two schemes that keep them from drifting.
 * `slots`: which adapter is where, and who must go: pure decisions. `store`: all adapters in host memory, copied in by layers.
-* `runner`: runs one batch in one mode. `constants`: what modes and switches cost here. `live`: a replica that runs for real.
+* `modes`: which adapters there are, and which one the weights hold. `runner`: runs one batch in one mode.
+* `constants`: what modes and switches cost here. `live`: a replica that runs for real.
 """

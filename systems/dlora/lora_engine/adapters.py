@@ -67,19 +67,18 @@ def read(folder: Path, shape: ModelShape, base: str | None = None, rank: int | N
     if base is not None and named and Path(named).name.lower() != Path(base).name.lower():
         mend = f"trained on another base model than {base}: load it there, or train it anew"
         raise InputError(folder / "adapter_config.json", "base_model_name_or_path", named, mend)
-    check(adapter, shape, folder / "adapter_model.safetensors", int(config["r"]), rank)
+    check(adapter, shape, folder / "adapter_model.safetensors", rank)
     return adapter
 
 
-def check(adapter: Adapter, shape: ModelShape, where: str | Path, rank: int | None = None, most: int | None = None) -> None:
-    """Raises InputError unless every matrix fits a model of `shape`, has the stated `rank`, and the rank is at most `most`."""
+def check(adapter: Adapter, shape: ModelShape, where: str | Path, most: int | None = None) -> None:
+    """Raises InputError unless every matrix fits a model of `shape`, with its pair's rank, and that is at most `most`."""
     if not adapter.modules:
         raise InputError(where, "tensors", "none", "holds no lora_A and lora_B: is it a LoRA checkpoint?")
     for module, (a, b) in adapter.modules.items():
         inputs, outputs = _widths(shape, module, where)
-        mine = rank if rank is not None else int(a.shape[0])
-        if a.dim() != 2 or b.dim() != 2 or a.shape[0] != mine or b.shape[1] != mine:
-            mend = f"is not of rank {mine}, as adapter_config.json or the other matrix says: save the adapter again"
+        if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
+            mend = "A and B are not of one rank: save the adapter again"
             raise InputError(where, module, (tuple(a.shape), tuple(b.shape)), mend)
         if (a.shape[1], b.shape[0]) != (inputs, outputs):
             mend = f"does not fit {shape.name}: A needs {inputs} inputs, B {outputs} outputs; is it another model's adapter?"
@@ -88,8 +87,8 @@ def check(adapter: Adapter, shape: ModelShape, where: str | Path, rank: int | No
             if tensor.dtype not in FLOATS:
                 mend = "the engine takes float32, float16 and bfloat16: save the adapter in one of them"
                 raise InputError(where, module, str(tensor.dtype).removeprefix("torch."), mend)
-        if most is not None and mine > most:
-            raise InputError(where, "r", mine, f"higher than the engine's {most}: raise max_lora_rank")
+        if most is not None and a.shape[0] > most:
+            raise InputError(where, "r", int(a.shape[0]), f"higher than the engine's {most}: raise max_lora_rank")
 
 
 def _widths(shape: ModelShape, module: str, where: str | Path) -> tuple[int, int]:

@@ -11,14 +11,9 @@ from systems.common.errors import InputError
 from systems.common.torch_engine.graphs import Graphs
 from systems.common.torch_engine.kernels import triton_guard
 from systems.common.torch_engine.kernels.merge_lora import MergeTiling, addresses, merge_lora
-from systems.common.torch_engine.linear import Linear
-from systems.common.torch_engine.weights import Layer, Weights
+from systems.common.torch_engine.lora import matrices
+from systems.common.torch_engine.weights import Weights
 from systems.dlora.lora_engine.bank import SlotBank
-
-
-def matrices(layer: Layer) -> dict[str, Linear]:
-    """A layer's matrices by site."""
-    return {"qkv": layer.qkv, "o": layer.o, "up": layer.up, "down": layer.down}
 
 
 class Passes:

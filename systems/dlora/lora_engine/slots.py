@@ -26,7 +26,7 @@ class Residents:
     """Adapters known, their outstanding requests, and slots 1 to `capacity`.
 
     Attributes:
-        slot_of: slot of each resident adapter.
+        slot_of: slot of each resident adapter, in order of their last use, the longest unused first.
         outstanding: requests of each known adapter that wait or run.
     """
 
@@ -40,8 +40,6 @@ class Residents:
         self._free = list(range(capacity, 0, -1))
         self._pinned: set[str] = set()
         self._leaving: set[str] = set()
-        self._used: dict[str, int] = {}
-        self._clock = 0
 
     # ---- who there is
 
@@ -108,8 +106,8 @@ class Residents:
             mend = f"{self.capacity} slots, {len(self._pinned)} of them pinned: let some wait, or raise the capacity"
             raise InputError("lora engine", "adapters of a batch", len(needed), mend)
         loads = [self._load(adapter, needed) for adapter in needed if adapter not in self.slot_of]
-        self._used.update(zip(needed, range(self._clock, self._clock + len(needed)), strict=True))
-        self._clock += len(needed)
+        for adapter in needed:
+            self.slot_of[adapter] = self.slot_of.pop(adapter)
         return loads
 
     def pin(self, adapter: str) -> None:
@@ -130,7 +128,7 @@ class Residents:
             slot, evicted = self._free.pop(), None
         else:
             candidates = [a for a in self.slot_of if a not in needed and a not in self._pinned]
-            evicted = min(candidates, key=lambda a: (self.outstanding[a], self._used[a]))
+            evicted = min(candidates, key=lambda a: self.outstanding[a])
             slot = self.slot_of.pop(evicted)
         self.slot_of[adapter] = slot
         return Load(adapter, slot, evicted)
@@ -150,6 +148,5 @@ class Residents:
     def _drop(self, adapter: str) -> None:
         self._leaving.discard(adapter)
         del self.outstanding[adapter]
-        self._used.pop(adapter, None)
         if (slot := self.slot_of.pop(adapter, None)) is not None:
             self._free.append(slot)

@@ -23,9 +23,10 @@ from torch import Tensor
 
 from systems.common.errors import InputError
 from systems.common.torch_engine.linear import Linear
+from systems.common.torch_engine.lora import matrices
 from systems.common.torch_engine.quantised import Quantised
 from systems.common.torch_engine.weights import Layer, Weights
-from systems.dlora.lora_engine.passes import Passes, matrices
+from systems.dlora.lora_engine.passes import Passes
 
 SAFETY = 4 * 2.0**-24
 """The sums in float32 before a pass rounds: at most four roundings, which matter only to float32 weights."""
