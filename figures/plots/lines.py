@@ -14,7 +14,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from matplotlib.ticker import NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 from pandas import DataFrame
 
 from figures import PlotError, style
@@ -89,6 +89,15 @@ def _ticks_at_levels(axes: Axes, plot: Mapping[str, Any]) -> None:
         axes.xaxis.set_minor_locator(NullLocator())
 
 
+def _ticks_within_a_decade(axes: Axes) -> None:
+    """Where y spans less than two powers of ten: 1, 2 and 5 times each of them, as plain numbers."""
+    low, high = axes.get_ylim()
+    if 0 < high / max(low, 1e-300) < 100:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+        axes.yaxis.set_minor_formatter(NullFormatter())
+
+
 def _dress(axes: Axes, plot: Mapping[str, Any]) -> None:
     cdf = bool(plot.get("cdf"))
     for axis in ("x_scale", "y_scale"):
@@ -98,6 +107,8 @@ def _dress(axes: Axes, plot: Mapping[str, Any]) -> None:
     if plot.get("x_scale") == "log" and not cdf:
         _ticks_at_levels(axes, plot)
     axes.set_yscale(plot.get("y_scale", "linear"))
+    if plot.get("y_scale") == "log":
+        _ticks_within_a_decade(axes)
     if cdf:
         axes.set_ylim(0, 1)
     elif plot.get("zero", True) and plot.get("y_scale", "linear") == "linear":

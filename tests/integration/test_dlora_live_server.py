@@ -259,11 +259,16 @@ def test_nobody_outlives_a_front_that_is_killed(tmp_path) -> None:
 
 
 @pytest.mark.slow
-def test_a_broken_adapter_ends_all_with_its_line(tmp_path) -> None:
-    made = file(tmp_path, replicas=1, slots=4)
-    (tmp_path / "a3" / "adapter_model.safetensors").write_bytes(b"cut off")
+@pytest.mark.parametrize("case", ["copy it again", "trained on another base model than org/tiny"])
+def test_a_wrong_adapter_ends_all_with_its_line(tmp_path, case: str) -> None:
+    made = file(tmp_path, replicas=1, slots=4, base_model="org/tiny")
+    if "copy" in case:
+        (tmp_path / "a3" / "adapter_model.safetensors").write_bytes(b"cut off")
+    else:
+        told = tmp_path / "a3" / "adapter_config.json"
+        told.write_text(json.dumps({**json.loads(told.read_text()), "base_model_name_or_path": "org/another"}))
     command = [sys.executable, "-m", "systems.dlora.server", str(made)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=START_S, check=False)
-    assert done.returncode == 2 and "copy it again" in done.stderr, done.stderr
+    assert done.returncode == 2 and case in done.stderr, done.stderr
     assert done.stderr.count("\n") == 1

@@ -62,6 +62,9 @@ def expected(index: int, adapter: str | None, tokens: int = 10, want: Sampling =
     return live.generate([Request(0, 0.0, len(prompt(index)), tokens)])[1][0]
 
 
+BASE = "org/tiny-base"
+
+
 class Served:
     """A loop that has run: what it reported, with commands that are given when something has been reported."""
 
@@ -72,7 +75,7 @@ class Served:
             runner.add(name, adapter)
         self.inbox: SimpleQueue = SimpleQueue()
         policy = policy or Fcfs(slots, batch)
-        self.loop = ReplicaLoop(runner, engine_config(blocks, batch, 256), policy, NAMES, self._hear, self.inbox)
+        self.loop = ReplicaLoop(runner, engine_config(blocks, batch, 256), policy, NAMES, self._hear, self.inbox, BASE)
         self.tokens: dict[int, list[int]] = {}
         self.ends: dict[int, str] = {}
         self.reports: list[object] = []
@@ -205,10 +208,12 @@ def test_a_gpu_s_memory_is_shared_out(monkeypatch, fits: int, kv_blocks: int | N
     assert scheme == found and taken <= fits * block_bytes and blocks == (kv_blocks or blocks)
 
 
-def folder(root, name: str, adapter):
+def folder(root, name: str, adapter, base: str = BASE):
     made = root / name
     made.mkdir()
-    (made / "adapter_config.json").write_text(json.dumps({"r": 4, "lora_alpha": 4, "peft_type": "LORA"}))
+    (made / "adapter_config.json").write_text(
+        json.dumps({"r": 4, "lora_alpha": 4, "peft_type": "LORA", "base_model_name_or_path": base})
+    )
     tensors = {
         f"base_model.model.{module}.lora_{side}.weight": tensor
         for module, pair in adapter.modules.items()
@@ -221,12 +226,17 @@ def folder(root, name: str, adapter):
 @pytest.mark.parametrize("scheme", ["copy", "in-place"])
 def test_adapters_come_and_go(tmp_path, scheme: str) -> None:
     """One in use is not taken away, whether its requests run or wait; its name can be another one's afterwards."""
-    made = folder(tmp_path, "new", ADAPTERS["a1"])
+    made, other = folder(tmp_path, "new", ADAPTERS["a1"]), folder(tmp_path, "other", ADAPTERS["a1"], "org/another")
     (tmp_path / "empty").mkdir()
     served = Served(Merge(1), scheme=scheme)
     served.when = {
         (0, 2): [UnloadAdapter(1, "a0"), UnloadAdapter(2, "a2"), LoadAdapter(3, "new", made), LoadAdapter(4, "a3", made)],
-        (0, 10): [UnloadAdapter(5, "a0"), LoadAdapter(6, "a0", made), LoadAdapter(7, "none", tmp_path / "empty")],
+        (0, 10): [
+            UnloadAdapter(5, "a0"),
+            LoadAdapter(6, "a0", made),
+            LoadAdapter(7, "none", tmp_path / "empty"),
+            LoadAdapter(8, "other", other),
+        ],
         (2, 9): [job(4, "new"), job(5, "a0"), job(6, "nobody")],
     }
     served.run(job(0, "a0"), job(2, "a2"))
@@ -234,6 +244,7 @@ def test_adapters_come_and_go(tmp_path, scheme: str) -> None:
     assert [ticket for ticket, error in errors.items() if error is None] == [3, 5, 6]
     assert "use it" in str(errors[1]) and "let them end" in str(errors[2])
     assert "remove it first" in str(errors[4]) and "name a folder" in str(errors[7])
+    assert f"trained on another base model than {BASE}" in str(errors[8])
     assert (served.tokens[0], served.tokens[2]) == (expected(0, "a0"), expected(2, "a2"))
     assert (served.tokens[4], served.tokens[5]) == (expected(4, "a1"), expected(5, "a1"))
     refused = [one for report in served.of(Progress) for one in report.refused]

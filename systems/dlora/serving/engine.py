@@ -79,7 +79,7 @@ def run(connection: Connection, start: Start) -> Ended:
     gc.freeze()  # what start-up made is never garbage
     executor, shape = runner.live.executor, plan.shape
     config = engine_config(executor.config.num_gpu_blocks, given.max_num_seqs, given.max_num_batched_tokens)
-    loop = ReplicaLoop(runner, config, policy, given.names, connection.send, inbox)
+    loop = ReplicaLoop(runner, config, policy, given.names, connection.send, inbox, given.base_model)
     where = str(executor.device), shape.dtype, tuple(given.names)
     connection.send(Ready(config, executor.max_tokens, shape.vocab, *where, {**_told(runner), **constants}))
     try:
@@ -109,7 +109,7 @@ def build(given: ServerFile, plan: Given) -> LoraRunner:
 
     if plan.device == "cpu":  # replicas share the cores: threads that wait for one another would take them all
         torch.set_num_threads(max(1, torch.get_num_threads() // given.replicas))
-    adapters = {name: read(folder, plan.shape) for name, folder in given.adapters.items()}
+    adapters = {name: read(folder, plan.shape, base=given.base_model) for name, folder in given.adapters.items()}
     rank = max([given.max_lora_rank or RANK if given.random_adapters else given.max_lora_rank, *map(_rank, adapters.values())])
     places = PLACES * given.max_num_seqs
     try:

@@ -48,6 +48,8 @@ class ServerFile(BaseModel):
     machines: list[str] = ["localhost"]
     replicas: Count = 1
     tensor_parallel_size: Count = 1
+    base_model: str | None = None
+    """Its name where adapters were trained; those that name another one are refused. None: shapes alone must fit."""
     adapters: dict[Annotated[str, Field(pattern=r"^[^\x00]+$")], Path] = {}
     random_adapters: Annotated[int, Field(ge=0)] = 0
     slots: Count = 8

@@ -45,16 +45,19 @@ class ReplicaLoop:
 
     def __init__(
         self, runner: LoraRunner, config: EngineConfig, policy: Policy, adapters: Sequence[str],
-        report: Callable[[object], None], inbox: Inbox | None = None,
+        report: Callable[[object], None], inbox: Inbox | None = None, base_model: str | None = None,
     ) -> None:  # fmt: skip
-        """`adapters`: names, all known to `runner`; the policy knows them by these places, the base model by the next one."""
+        """`adapters`: names, all known to `runner`; the policy knows them by these places, the base model by the next one.
+
+        `base_model`: adapters that are loaded later and name another one are refused.
+        """
         self._names: list[str | None] = [*adapters, None]
         self._numbers: dict[str | None, int] = {name: number for number, name in enumerate(self._names)}
         self.replica = LiveReplica(
             runner, config, policy, self._names, lambda request: self._jobs[request.index].prompt,
             clock=time.monotonic, sampling=lambda request: self._samplings[request.index], recompute=True,
         )  # fmt: skip
-        self._report = report
+        self._report, self._base_model = report, base_model
         self._inbox: Inbox = inbox if inbox is not None else SimpleQueue()
         self._jobs: dict[int, Job] = {}
         self._samplings: dict[int, Sampling] = {}
@@ -155,7 +158,7 @@ class ReplicaLoop:
         runner, name = self.replica.runner, command.name
         try:
             if isinstance(command, LoadAdapter):
-                runner.add(name, read(command.folder, runner.bank.shape, rank=runner.bank.rank))
+                runner.add(name, read(command.folder, runner.bank.shape, self._base_model, runner.bank.rank))
                 if name not in self._numbers:
                     self._numbers[name] = len(self._names)
                     self._names.append(name)
