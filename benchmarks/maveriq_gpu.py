@@ -1,7 +1,7 @@
 """MaverIQ on H200s: fingerprints, whole models, uneven pipelines, and the estimators' error. One script for 1, 2 and 4 GPUs.
 
     python benchmarks/maveriq_gpu.py --out DIR                                         # one GPU
-    python benchmarks/maveriq_gpu.py --out DIR --with reference/h200/maveriq/profile   # two, four: with what smaller ones gave
+    python benchmarks/maveriq_gpu.py --out DIR --with reference/h200/maveriq/profile_1 # two, four: with what smaller ones gave
     python benchmarks/maveriq_gpu.py --out DIR --skip EARLIER                          # what a run before has left out
 
 What is measured follows from the GPUs present; `--dry-run` lists it. After each engine DIR holds `fingerprints.csv`,

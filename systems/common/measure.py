@@ -3,8 +3,9 @@
     python -m systems.common.measure --requests FILE.csv [FILE.csv ...] --model llama-3.1-8b --out DIR
 
 FILE.csv has the columns `arrival_s,input_tokens,output_tokens`; prompts are random tokens, output lengths are forced. DIR gets
-a folder per file with the same `requests.csv` and `summary.json` that `simulate` writes. Random weights: times do not depend on
-what the weights hold. A run takes as long as its last arrival and what is then unfinished.
+a folder per file with the same `requests.csv` and `summary.json` that `simulate` writes. With `--log-steps` there is also a
+`steps.csv`: when each step ended, how long the host waited for it, and how many sequences decoded (0 with prompts). Random
+weights: times do not depend on what the weights hold. A run takes as long as its last arrival and what is then unfinished.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--num-gpu-blocks", type=int, help="KV blocks of 16 tokens (default: what the GPU has room for)")
     made.add_argument("--gpu-memory-utilization", type=float, default=0.9, help="for that (%(default)s)")
     made.add_argument("--seed", type=int, default=0, help="of weights and prompts (%(default)s)")
+    made.add_argument("--log-steps", action="store_true", help="write when each step ended, too")
     made.add_argument("--out", type=Path, required=True, help="folder for a folder per file")
     return made
 
@@ -89,11 +91,11 @@ def _warming(options: argparse.Namespace) -> list[Request]:
     return [Request(i, 0.0, length, 4) for i, length in enumerate(lengths) if length > 0]
 
 
-def measure(live: Live, workload: Workload, out: Path) -> dict[str, object]:
+def measure(live: Live, workload: Workload, out: Path, log_steps: bool = False) -> dict[str, object]:
     """Serve one workload; the summary that was written to `out`."""
     engine, executor = live.engine, live.executor
     steps, first = engine.steps, len(executor.flights.ended_s)
-    began = time.perf_counter()
+    began, clock_s = time.perf_counter(), executor.clock()
     sequences = live.serve(workload.requests)
     took_s = time.perf_counter() - began
     records = to_records(sequences, engine)
@@ -108,6 +110,11 @@ def measure(live: Live, workload: Workload, out: Path) -> dict[str, object]:
         "max_num_seqs": engine.config.max_num_seqs,
         "measured_s": took_s,
     }
+    if log_steps:
+        flights = executor.flights
+        log = zip(flights.ended_s[first:], flights.waited_s[first:], flights.decode_rows[first:], strict=True)
+        lines = (f"{ended_s - clock_s:.6f},{waited_s:.6f},{rows}\n" for ended_s, waited_s, rows in log)
+        write(out / "steps.csv", "ended_s,waited_s,decode_rows\n" + "".join(lines))
     write(out / "requests.csv", table(records))
     write(out / "summary.json", json.dumps(plain(summary), indent=2, sort_keys=True) + "\n")
     return summary
@@ -123,7 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for file, workload in workloads.items():
             check(workload, live.engine.config, file)
         for file, workload in workloads.items():
-            summary = measure(live, workload, options.out / file.stem)
+            summary = measure(live, workload, options.out / file.stem, options.log_steps)
             print(f"{file.stem}: {summary['finished']} requests, {summary['engine_steps']} iterations", flush=True)
             print(shown(summary), flush=True)
     except InputError as error:

@@ -69,7 +69,7 @@ def request(trial: Trial) -> Outcome:
     rows = [
         row
         for folder in PROFILES
-        for row in _profile(folder, f"{table}.csv", needed=False)
+        for row in _profile(folder, f"{table}.csv")
         if all(row[column] == str(wanted[key]) for key, column in _KEYS.items() if key in wanted)
         and row["INT8_KV_Cache"] == str(bool(wanted.get("int8_kv", False)))
         and (stages is None or row["PP_Map"].split() == stages)
@@ -129,8 +129,10 @@ def queue(trial: Trial) -> Outcome:
     whole = _controller(trial) or {}
     mine = whole.get("queues", {}).get(_text(trial, "queue"), {})
     values: dict[str, Scalar] = {name: float(mine.get(name, math.nan)) for name in _QUEUE}
-    values["rate_rps"] = float(whole.get("queues", {}).get("rate_rps", math.nan))
-    return Outcome(values, notes=(_CONTROLLER_NOTE,))
+    rate_rps = float(whole.get("queues", {}).get("rate_rps", math.nan))
+    values["rate_rps"] = rate_rps
+    asked = () if math.isnan(rate_rps) else (f"GPUs: {trial.parameters['gpus']}, {rate_rps:.1f} requests/s",)
+    return Outcome(values, notes=(_CONTROLLER_NOTE, *asked))
 
 
 RECORDED_EXPERIMENTS: Mapping[str, Callable[[Trial], Outcome]] = {
@@ -141,7 +143,7 @@ RECORDED_EXPERIMENTS: Mapping[str, Callable[[Trial], Outcome]] = {
     "recorded_queue": queue,
 }
 
-_NOTE = f"recorded by benchmarks/maveriq_gpu.py: our engine, bf16, random weights, prompts of {PROMPTS} tokens"
+_NOTE = f"recorded by benchmarks/maveriq_gpu.py: our engine computing in bf16, random weights, prompts of {PROMPTS} tokens"
 _CONTROLLER_NOTE = (
     f"recorded by systems.maveriq.controller.trial: real engines, random weights (16 bit is bf16), prompts of {PROMPTS} tokens"
 )
@@ -191,9 +193,10 @@ def _ms(entry: Mapping[str, Any], name: str) -> float:
 
 
 @lru_cache(maxsize=16)
-def _profile(folder: str, name: str, needed: bool = True) -> list[dict[str, str]]:
+def _profile(folder: str, name: str) -> list[dict[str, str]]:
+    """The rows of a table; none where that run has not got it."""
     file = REFERENCE / folder / name
-    if not file.is_file() and not needed:
+    if not file.is_file():
         return []
     with file.open(newline="", encoding="utf-8") as stream:
         return list(csv.DictReader(stream))

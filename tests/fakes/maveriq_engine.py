@@ -33,9 +33,9 @@ class Handler(BaseHTTPRequestHandler):
         while words[0] == "wait" and not Path(words[1]).exists():
             time.sleep(0.005)
         if words[0] == "rank" and not Path(words[1]).exists():
-            self.answer(500, {"error": {"message": "rank 1 of 2 died (killed by SIGKILL)", "code": "engine_died"}})
             if Path(words[1]).parent.is_dir():
-                Path(words[1]).touch()
+                Path(words[1]).touch()  # before the answer: the controller ends this process at once
+            self.answer(500, {"error": {"message": "rank 1 of 2 died (killed by SIGKILL)", "code": "engine_died"}})
             return
         if words == ["refuse"]:
             self.answer(400, {"error": {"message": "no such thing"}})

@@ -8,19 +8,20 @@ from harness.claims.data import Table
 from harness.claims.evaluate import Status, evaluate
 from harness.figure_file import load_figure
 from systems.common.core import Trial
-from systems.maveriq.experiments_estimator import ESTIMATOR_EXPERIMENTS
+from systems.maveriq.experiments import EXPERIMENTS
 
 NAMES = [
     "parallelism_13b", "parallelism_40b", "uneven_7b", "uneven_13b", "uneven_70b", "quantisation", "fingerprint_scaling",
     "profiling_latency_error", "profiling_memory_error", "profiling_peak_memory", "profiling_time", "profiling_gpu_hours",
     "batch_size", "batch_error", "profiling_cost", "estimator_error", "decision_regret", "interval_coverage",
+    "configuration_spread", "fingerprint_size",
 ]  # fmt: skip
 DIFFERS: dict[str, set[str]] = {}
 """Claims that differ, and docs/maveriq.md says why."""
 
 
 def rows_of(figure, mirror, scale="paper"):
-    run = ESTIMATOR_EXPERIMENTS[figure.experiment]
+    run = EXPERIMENTS[figure.experiment]
     rows = []
     for series in figure.series:
         for point in figure.points(series.name):

@@ -11,6 +11,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -300,6 +301,8 @@ def test_over_http(table, root):
         assert (status, one["state"], one["refusal"]) == (200, "ready", None)
         status, answer = program.ask("POST", "/inference", {"id": "a", "text": "hello"})
         assert status == 200 and json.loads(answer["text"])["prompt"] == "HELLO"
+        status, answer = program.ask("POST", "/prior_inference", {"id": "a", "text": "first"})
+        assert status == 200 and json.loads(answer["text"])["prompt"] == "FIRST"
         wrong = [
             ("POST", "/deploy", {"id": "a", "model": MODELS[0]}, 409), ("POST", "/inference", {"id": "b", "text": "x"}, 404),
             ("POST", "/remove", {"id": "b"}, 404), ("POST", "/deploy", {"id": "c", "model": "llama-9"}, 400),
@@ -316,7 +319,7 @@ def test_over_http(table, root):
         assert program.ask("POST", "/deploy", {"id": "d", "model": MODELS[1], "slo": 1e-6})[1]["best_effort"]
         assert [one["id"] for one in program.ask("GET", "/deployments")[1]["deployments"]] == ["a", "d"]
         assert len(program.ask("GET", "/gpus")[1]["gpus"]) == 2
-        assert [record["error"] == "" for record in program.ask("GET", "/records")[1]["records"]] == [True, False]
+        assert [record["error"] == "" for record in program.ask("GET", "/records")[1]["records"]] == [True, True, False]
         assert program.ask("POST", "/remove", {"id": "a"}) == (200, {"id": "a", "failed_requests": 0})
         pid = program.ask("GET", "/deployments")[1]["deployments"][0]["pid"]
         program.process.send_signal(signal.SIGTERM)
@@ -356,6 +359,7 @@ def test_commands_from_a_pipe(table, root):
         "b inference hello\n"
         "a remove\n"
         "status\n"
+        "history\n"
         "exit\n"
         "a inference never\n"
     )
@@ -368,7 +372,37 @@ def test_commands_from_a_pipe(table, root):
     assert out[3].startswith(f"a: {MODELS[0]} ready")
     assert out[4].startswith("controller: command: 'nonsense': use one of")
     assert "is deployed already" in out[5] and "'b': is not deployed" in out[6]
-    assert out[7] == "a: removed" and len(out) == 8
+    assert out[7] == "a: removed"
+    assert [line.split(maxsplit=1)[1] for line in out[8:]] == lines.splitlines()[:11]  # up to `history` itself
+
+
+def test_a_terminal_completes_names_and_keeps_what_was_typed(table, root, tmp_path):
+    pytest.importorskip("readline")
+    ours, theirs = os.openpty()
+    environment = {**os.environ, "XDG_STATE_HOME": str(tmp_path), "TERM": "dumb"}
+    program = subprocess.Popen(
+        Program(table, root).argv, cwd=root, env=environment, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+    )
+    os.close(theirs)
+    watchdog = threading.Timer(LIMIT_S, program.kill)
+    watchdog.start()
+    said = b""
+    try:
+        while b"maveriq> " not in said:
+            said += os.read(ours, 4096)
+        os.write(ours, f"dep\t a {MODELS[1][:-2]}\t 0 min_m\t\nhist\t\nexit\n".encode())  # length 0: nothing is deployed
+        with contextlib.suppress(OSError):  # Linux says so when the other end is closed
+            while data := os.read(ours, 4096):
+                said += data
+        assert program.wait(timeout=LIMIT_S) == 1
+    finally:
+        watchdog.cancel()
+        program.kill()
+        program.wait()
+        os.close(ours)
+    typed = f"deploy a {MODELS[1]} 0 min_mem"
+    assert f"   1  {typed}\r\n" in said.decode()
+    assert (tmp_path / "fivefold" / "maveriq_history").read_text().splitlines()[-3:] == [typed, "history", "exit"]
 
 
 def test_bad_options_are_one_line(table, root, tmp_path):

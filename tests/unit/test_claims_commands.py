@@ -1,12 +1,17 @@
 """`python -m harness.claims.judge` and `python -m harness.claims`: files in, verdicts and exit status out."""
 
 import json
+from pathlib import Path
 
 import pytest
 
 from harness.claims import __main__ as show
 from harness.claims import judge
 from harness.claims.table import explanations
+from harness.cli import run
+from harness.config import Config
+from harness.figure_file import load_figure
+from harness.targets import Figure, Project
 from systems.registry import InputError
 
 FIGURE = """
@@ -119,6 +124,25 @@ def test_a_damaged_file_is_named(files, tmp_path, content):
     files[2].write_text(content)
     with pytest.raises(InputError, match=r"claims\.json"):
         run_show(files, tmp_path)
+
+
+def test_nothing_to_judge_is_one_line(capsys):
+    assert run(show.main, []) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "nothing to judge" in err
+
+
+def test_no_figure_with_claims_is_one_line(capsys):
+    """`snakemake claims` where only figures without claims can be made: its input function ends it with one line."""
+    bare = load_figure(Path(__file__).parents[2] / "figures" / "maveriq" / "h200_queues.yaml")
+    assert not bare.claims
+    project = Project(Config(backend="recorded"), [Figure(Path("figures/maveriq/h200_queues.yaml"), bare)])
+    ask = project.claims()
+    assert callable(ask)
+    with pytest.raises(SystemExit) as ended:
+        ask(None)
+    err = capsys.readouterr().err
+    assert ended.value.code == 2 and err.count("\n") == 1 and "recorded, paper" in err and "has a claim" in err
 
 
 def test_a_missing_file_is_named(tmp_path):

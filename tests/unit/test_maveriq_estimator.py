@@ -18,7 +18,9 @@ from systems.maveriq.configuration import Configuration, ModelFacts, Question, k
 from systems.maveriq.dual import parameter, raised
 from systems.maveriq.estimator import load_estimator, make_estimator
 from systems.maveriq.estimator_paper import PaperEstimator
+from systems.maveriq.experiments import EXPERIMENTS
 from systems.maveriq.experiments_estimator import ESTIMATOR_EXPERIMENTS
+from systems.maveriq.experiments_measured import MEASURED_EXPERIMENTS
 from systems.maveriq.exponents import published_exponents
 from systems.maveriq.fingerprint import (
     PAPER_GRID,
@@ -601,7 +603,7 @@ def test_a_file_gives_an_estimator(tmp_path):
         assert estimator.estimate("m", Configuration(1, 1)).latency_s > 0
 
 
-@pytest.mark.parametrize("name", sorted(ESTIMATOR_EXPERIMENTS))
+@pytest.mark.parametrize("name", sorted({**ESTIMATOR_EXPERIMENTS, **MEASURED_EXPERIMENTS}))
 def test_an_experiment_without_its_data_says_so(name):
     """Nothing can stand in for measurements; a wrong parameter is named before that or instead."""
     parameters = {
@@ -623,4 +625,4 @@ def test_an_experiment_without_its_data_says_so(name):
         "map": 0,
     }
     with pytest.raises(InputError, match="dataset_mirror"):
-        ESTIMATOR_EXPERIMENTS[name](Trial("maveriq", name, parameters, "a6000x8", datasets={"maveriq_a6000": None}))
+        EXPERIMENTS[name](Trial("maveriq", name, parameters, "a6000x8", datasets={"maveriq_a6000": None}))

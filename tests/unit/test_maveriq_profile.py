@@ -12,6 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from harness.claims.data import read_table
+from harness.claims.evaluate import Status, evaluate
+from harness.figure_file import load_figure
 from systems.common.errors import InputError
 from systems.common.models import model
 from systems.maveriq.configuration import known_models
@@ -442,6 +445,18 @@ class TestRecorded:
                     key: pytest.approx(number(cell), rel=1e-6, nan_ok=True) if isinstance(number(cell), float) else cell
                     for key, cell in old.items()
                 }
+
+    def test_what_the_paper_says_holds_of_pipelines_and_depth_and_not_of_precisions(self, root):
+        """The verdicts of `snakemake claims --config backend=recorded`; docs/maveriq.md says why two differ."""
+        found = {}
+        for name in ("h200_requests", "h200_scaling", "h200_pipelines"):
+            figure = load_figure(root / "figures" / "maveriq" / f"{name}.yaml")
+            table = read_table(
+                root / "reference" / "h200" / "maveriq" / name / "table.csv", tuple(figure.factors), figure.objective
+            )
+            found |= {claim.id: evaluate(claim, table).status for claim in figure.claims}
+        assert {name for name, status in found.items() if status is Status.REPRODUCED} == {"HL1", "HP1", "HP2"}
+        assert {name for name, status in found.items() if status is Status.DIFFERS} == {"HQ1", "HQ2"}
 
     def test_int8_gains_a_quarter_at_one_row_and_loses_at_128(self):
         asked = {"file": "h200/benchmarks/quantised.json", "base": "model bf16", "entry": "model int8"}

@@ -59,6 +59,14 @@ USAGE = {
     "prior_inference": "prior_inference ID TEXT: queue a request before all others",
     "remove": "remove ID: end a deployment; what waits for it fails",
 }
+ABOUT = {
+    "status": "status: what is deployed",
+    "wait": "wait: for all answers",
+    "history": "history: the commands so far",
+    "help": "help [COMMAND]: what there is",
+    "exit": "exit: end everything",
+}
+"""Commands of the terminal, which ask nothing of a model."""
 
 
 def parse(line: str) -> Command:
@@ -68,7 +76,7 @@ def parse(line: str) -> Command:
         words[0], words[1] = words[1], words[0]
     verb = words[0] if words else ""
     if verb not in USAGE:
-        raise InputError("controller", "command", verb, f"use one of {', '.join(USAGE)}")
+        raise InputError("controller", "command", verb, f"use one of {', '.join((*USAGE, *ABOUT))}")
     rest = words[2] if len(words) > 2 else ""
     if len(words) < 2 or (verb not in ("remove", "register") and not rest.strip()):
         raise InputError("controller", verb, line, USAGE[verb])

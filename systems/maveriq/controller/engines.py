@@ -23,6 +23,7 @@ from typing import Any
 
 from systems.common.errors import InputError
 from systems.maveriq.controller.launch import Launch
+from systems.maveriq.profile.memory import ALLOCATOR
 
 END_S = 10.0
 """How long an engine may take to end before it is killed."""
@@ -152,10 +153,6 @@ async def start(launch: Launch, start_s: float = 600.0) -> Engine:
 def _visible(devices: Sequence[int]) -> Mapping[str, str]:
     """Rank r sees them all and takes the r-th; numbers as nvidia-smi gives them."""
     return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, devices)), "CUDA_DEVICE_ORDER": "PCI_BUS_ID"} if devices else {}
-
-
-ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-"""As the profiler's engines, whose memory decisions rest on: in steps of 2 MiB, so that little lies idle."""
 
 
 async def _greeted(engine: Engine) -> None:

@@ -6,7 +6,8 @@
     GET  /records            what came of every request
     POST /register           {"model", "file"}; without `file` the profiler measures, and the answer takes minutes
     POST /deploy             {"id", "model", "output_length", "intent", "slo", "fp16_only", "strategy", "batch", "accuracy"}
-    POST /inference          {"id", "text", "prior"}
+    POST /inference          {"id", "text"}
+    POST /prior_inference    {"id", "text"}: before all others
     POST /remove             {"id"}
 
 Bad input answers 400 with the one line that a command would print, 404 for a name that is not deployed, 409 for one that is
@@ -46,7 +47,8 @@ class App:
             "/health": self._health, "/deployments": self._deployments, "/gpus": self._gpus, "/records": self._records,
         }  # fmt: skip
         self._post: Mapping[str, Handler] = {
-            "/register": self._register, "/deploy": self._deploy, "/inference": self._inference, "/remove": self._remove,
+            "/register": self._register, "/deploy": self._deploy, "/inference": self._inference,
+            "/prior_inference": self._prior_inference, "/remove": self._remove,
         }  # fmt: skip
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -103,12 +105,15 @@ class App:
             return {"id": given["id"], "refusal": found.reason}
         return {**next(one for one in self._controller.status() if one["id"] == given["id"]), "refusal": None}
 
-    async def _inference(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
-        given = _checked(body, {"id": str, "text": str, "prior": bool}, ("id", "text"))
-        answer = await self._controller.inference(given["id"], given["text"], given.get("prior", False))
+    async def _inference(self, body: Mapping[str, Any], front: bool = False) -> Mapping[str, Any]:
+        given = _checked(body, {"id": str, "text": str}, ("id", "text"))
+        answer = await self._controller.inference(given["id"], given["text"], front)
         if answer.error:
             raise HttpError(502, answer.error)
         return asdict(answer)
+
+    async def _prior_inference(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
+        return await self._inference(body, front=True)
 
     async def _remove(self, body: Mapping[str, Any]) -> Mapping[str, Any]:
         given = _checked(body, {"id": str}, ("id",))

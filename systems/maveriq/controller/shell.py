@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any, TypeVar
 
 from systems.common.errors import InputError
-from systems.maveriq.controller.commands import USAGE, Deploy, Inference, Register, Remove, parse
+from systems.maveriq.controller.commands import ABOUT, USAGE, Deploy, Inference, Register, Remove, parse
 from systems.maveriq.controller.driver import Answer, Controller
 from systems.maveriq.intents import INTENTS
 from systems.maveriq.search import Refusal
@@ -36,6 +36,7 @@ class Shell(cmd.Cmd):
         super().__init__(stdin=stdin, stdout=stdout)
         self._controller, self._loop = controller, loop
         self._open = set[Future[Answer]]()
+        self._lines: list[str] = []
         self._lock = threading.Lock()
         self.failed = False
         self.use_rawinput = stdin.isatty()
@@ -44,7 +45,7 @@ class Shell(cmd.Cmd):
 
     def do_help(self, arg: str) -> None:
         """Help [COMMAND]: what there is."""
-        known = {**USAGE, "status": "status: what is deployed", "wait": "wait: for all answers", "exit": "exit: end everything"}
+        known = {**USAGE, **ABOUT}
         if arg and arg not in known:
             self._say(str(InputError("controller", "help", arg, f"use one of {', '.join(known)}")))
             return
@@ -61,8 +62,6 @@ class Shell(cmd.Cmd):
             self.failed = True
             self._say(str(error))
 
-    do_register = do_deploy = do_inference = do_prior_inference = do_remove = None
-
     def onecmd(self, line: str) -> bool:
         """Run one line; True ends the loop."""
         words = line.split()
@@ -70,12 +69,15 @@ class Shell(cmd.Cmd):
             return False
         if words[0] in ("exit", "EOF"):
             return True
+        self._lines.append(line)
         if words[0] in ("help", "?"):
             self.do_help(" ".join(words[1:]))
         elif words == ["status"]:
             self.do_status("")
         elif words == ["wait"]:
             self.do_wait("")
+        elif words == ["history"]:
+            self.do_history("")
         else:
             self.default(line)
         return False
@@ -100,13 +102,18 @@ class Shell(cmd.Cmd):
                     future.result()
                 self._open.discard(future)
 
+    def do_history(self, _arg: str) -> None:
+        """history: every command of this session, numbered; those of earlier ones come back with the arrow keys."""
+        for number, line in enumerate(self._lines, 1):
+            self._say(f"{number:4}  {line}")
+
     def completenames(self, text: str, *_ignored: Any) -> list[str]:  # noqa: ANN401 - cmd's own signature
         """Commands that begin with `text`."""
-        return [name for name in (*USAGE, "status", "wait", "help", "exit") if name.startswith(text)]
+        return [name for name in (*USAGE, *ABOUT) if name.startswith(text)]
 
     def completedefault(self, text: str, *_ignored: Any) -> list[str]:  # noqa: ANN401 - cmd's own signature
-        """Deployed names, models, intents and strategies that begin with `text`."""
-        words = (*self._controller.core.deployments, *self._controller.core.search.facts, *INTENTS, *STRATEGIES)
+        """Commands (`a deploy ...`), deployed names, models, intents and strategies that begin with `text`."""
+        words = (*USAGE, *self._controller.core.deployments, *self._controller.core.search.facts, *INTENTS, *STRATEGIES)
         return [word for word in words if word.startswith(text)]
 
     def emptyline(self) -> bool:
@@ -141,16 +148,15 @@ class Shell(cmd.Cmd):
         )
 
     def _infer(self, command: Inference) -> None:
-        ticket, future = self._ask(self._submit(command))
+        future = self._ask(self._submit(command))
         self._open.add(future)
         future.add_done_callback(self._answered)
-        del ticket
 
-    async def _submit(self, command: Inference) -> tuple[int, Future[Answer]]:
-        ticket, future = self._controller.submit(command.name, command.text, command.front)
+    async def _submit(self, command: Inference) -> Future[Answer]:
+        _, future = self._controller.submit(command.name, command.text, command.front)
         outside: Future[Answer] = Future()
         future.add_done_callback(lambda done: outside.set_result(done.result()) if not done.cancelled() else outside.cancel())
-        return ticket.number, outside
+        return outside
 
     def _answered(self, future: Future[Answer]) -> None:
         if future.cancelled():
@@ -170,8 +176,8 @@ class Shell(cmd.Cmd):
             print(text, file=self.stdout, flush=True)
 
 
-def history(file: Path = HISTORY) -> None:
-    """Keep the lines of a terminal between sessions, where Python has readline."""
+def _edit_lines(file: Path = HISTORY) -> None:
+    """Keep the lines of a terminal between sessions, and complete whole names, where Python has readline."""
     try:
         import atexit
         import readline
@@ -180,6 +186,7 @@ def history(file: Path = HISTORY) -> None:
     with contextlib.suppress(OSError):
         readline.read_history_file(file)
     readline.set_history_length(1000)
+    readline.set_completer_delims(" \t")  # names have hyphens, at which readline would begin a word
 
     def keep() -> None:
         with contextlib.suppress(OSError):
@@ -193,7 +200,7 @@ async def converse(controller: Controller, stdin: IO[str] = sys.stdin, stdout: I
     """Serve a terminal or a pipe until it ends; whether everything went well."""
     shell = Shell(controller, asyncio.get_running_loop(), stdin, stdout)
     if stdin.isatty():
-        history()
+        _edit_lines()
 
     def session() -> None:
         shell.cmdloop()

@@ -69,7 +69,7 @@ def two_gpus(models: Sequence[str], tokens: int) -> Node:
 
 
 def _fragments(search: Search, wish: Wish) -> tuple[float, ...]:
-    """Two fragments of which neither holds the model nor half of it twice: one has room for 20 of 32 layers, one for 12."""
+    """Two fragments, neither with room for the whole model: one takes 20 of 32 layers, one the other 12."""
     layers = search.facts[wish.model].layers
     per_layer = _gib(search, wish, Configuration(1, 2)) / layers
     first = round(FIRST_STAGE * layers)

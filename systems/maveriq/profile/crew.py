@@ -19,13 +19,12 @@ from types import TracebackType
 from typing import IO, Any
 
 from systems.maveriq.profile.jobs import Job
+from systems.maveriq.profile.memory import ALLOCATOR
 
 ROOT = Path(__file__).parents[3]
 START_S = 180.0
 AHEAD = 3 if (os.cpu_count() or 1) >= 8 else 1
 """Workers that get ready (seconds of imports, no GPU) while one measures: an engine of a fingerprint is done in two seconds."""
-ALLOCATOR = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
-"""Memory in steps of 2 MiB: torch's usual segments of 20 MiB and more are noise, and depth multiplies a fingerprint's noise."""
 
 
 @dataclass

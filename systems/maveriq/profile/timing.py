@@ -35,7 +35,7 @@ SPARE_TOKENS = 16
 STEP_TOKENS = 8192
 """Most prompt tokens of one step."""
 WARM_S = 0.3
-"""Least seconds of warm-up before timed requests on a GPU: an idle one clocks down, and one request of a layer takes 5 ms.
+"""Least seconds of warm-up before timed requests on a GPU: an idle one may clock down, and one request of a layer takes 5 ms.
 Two H200 runs without it (docs/results.md, 2026-11-21) differed by up to a quarter at one layer, by 1 % at full depth."""
 
 
