@@ -19,6 +19,7 @@ LOST = 125
 """The exit status when the controller is gone: nobody is left to see it but `docker ps -a`."""
 NOT_FOUND = 127
 NOT_EXECUTABLE = 126
+PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def main(silence_s: float, argv: List[str]) -> int:  # noqa: UP006
@@ -26,10 +27,12 @@ def main(silence_s: float, argv: List[str]) -> int:  # noqa: UP006
     wake, alarm = os.pipe()
     os.set_blocking(alarm, False)
     signal.set_wakeup_fd(alarm, warn_on_full_buffer=False)
+    signal.pthread_sigmask(signal.SIG_BLOCK, PASSED_ON)  # one that comes before there is a handler waits for it
     child = _start(argv)
     signal.signal(signal.SIGCHLD, lambda *_: None)  # it only has to wake the loop below
-    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+    for number in PASSED_ON:
         signal.signal(number, lambda number, _frame: _send(child, number))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
     heard = time.monotonic()
     while True:
         status = _reap(child)
@@ -52,6 +55,7 @@ def _start(argv: List[str]) -> int:  # noqa: UP006
         return child
     try:
         os.setsid()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, PASSED_ON)
         for number in (signal.SIGPIPE, signal.SIGXFSZ):  # Python ignores them, and what is ignored is inherited
             signal.signal(number, signal.SIG_DFL)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

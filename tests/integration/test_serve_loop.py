@@ -151,7 +151,8 @@ def test_stop_tokens_end_at_the_first_that_counts() -> None:
             run.next()
     assert (run.tokens[1], run.ends[1]) == (want[: first + 1], "stop")
     assert (run.tokens[2], run.ends[2]) == (want[: spared + 1], "stop")
-    assert (run.tokens[3], run.ends[3]) == (want, "length")
+    assert run.tokens[3][:first] == want[:first] and run.ends[3] == "length"
+    assert len(run.tokens[3]) == 30 and stop not in run.tokens[3], "before its minimum it is not even drawn"
 
 
 def test_the_logs_of_a_long_run_stay_short(monkeypatch: pytest.MonkeyPatch) -> None:
