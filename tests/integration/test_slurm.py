@@ -125,7 +125,9 @@ class Run:
     def __init__(self, lab: SlurmLab, project: Project, *arguments: str, sleep_s: str) -> None:
         self.lab, self.project = lab, project
         argv = [sys.executable, "-c", EAGER, "fake_knee", "--profile", "slurm", *arguments]
-        environment = {**os.environ, **lab.environment, "FAKE_LOG": str(project.log), "FAKE_SLEEP_S": sleep_s}
+        self.hold = project.root / "hold"
+        told = {"FAKE_LOG": str(project.log), "FAKE_SLEEP_S": sleep_s, "FAKE_HOLD": str(self.hold)}
+        environment = {**os.environ, **lab.environment, **told}
         self.process = subprocess.Popen(
             lab.command(argv, project.root),
             env=environment,
@@ -214,9 +216,14 @@ def test_a_job_that_runs_out_of_time_goes_on_from_its_history(
     lab: SlurmLab, cluster_project: Callable[[str], Project], undisturbed: bytes
 ) -> None:
     project = cluster_project("project")
-    run = Run(lab, project, sleep_s="0.4")  # some 45 s in all: Slurm looks at limits every 30 s
+    run = Run(lab, project, sleep_s="0.15")
     job, _ = run.job()
+    run.hold.touch()  # Slurm looks at limits every 30 s: the job must not be done before
     lab.expire(job)
+    try:
+        until(lambda: state(lab, job) != "RUNNING")
+    finally:
+        run.hold.unlink()
     said = run.complete()
     assert "Trying to restart" in said and ended(lab, "TIMEOUT")
     assert (project.results / "table.csv").read_bytes() == undisturbed

@@ -41,12 +41,15 @@ def knee(trial: Trial) -> Outcome:
 
 
 def _log(trial: Trial) -> None:
-    """Append what is run to the file `FAKE_LOG`, and take `FAKE_SLEEP_S` seconds over it."""
+    """Append what is run to the file `FAKE_LOG`, take `FAKE_SLEEP_S` seconds, and wait while there is a file `FAKE_HOLD`."""
     if "FAKE_LOG" in os.environ:
         line = json.dumps({"parameters": dict(trial.parameters), "seed": trial.seed}, sort_keys=True)
         with Path(os.environ["FAKE_LOG"]).open("a", encoding="utf-8") as log:
             log.write(line + "\n")
     time.sleep(float(os.environ.get("FAKE_SLEEP_S", "0")))
+    hold = os.environ.get("FAKE_HOLD")
+    while hold and Path(hold).exists():
+        time.sleep(0.05)
 
 
 EXPERIMENTS: Mapping[str, Callable[[Trial], Outcome]] = {"knee": knee}
