@@ -18,7 +18,6 @@ import math
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,6 @@ from harness.figure_file import FigureFile, load_figure  # noqa: E402
 from harness.provenance import commit  # noqa: E402
 from harness.reference import Reference  # noqa: E402
 from harness.rows import About, Row  # noqa: E402
-from harness.table import as_csv, columns  # noqa: E402
 from systems.dlora import experiments_recorded, fidelity  # noqa: E402
 from systems.registry import InputError, Trial, experiment  # noqa: E402
 
@@ -154,19 +152,10 @@ def record(path: Path, root: Path = ROOT / "reference") -> Path:
     """Write one figure's reference; its folder. Raises InputError where its tables are not there."""
     figure = load_figure(path)
     read = {series.name: rows(figure, series.name) for series in figure.series}
-    about = {name: asdict(known) for name, (_, known) in read.items()}
-    folder = Reference.of("dlora", path.stem, figure.testbed, root).folder
-    folder.mkdir(parents=True, exist_ok=True)
+    kept = Reference.of("dlora", path.stem, figure.testbed, root)
     whole = [row for found, _ in read.values() for row in found]
-    origin: dict[str, Any] = {
-        "testbed": figure.testbed,
-        "about": about,
-        "trials": {},
-        "command": "benchmarks/dlora_record.py",
-    }
-    write_atomically(folder / "table.csv", as_csv(whole, columns(figure)))
-    write_atomically(folder / "provenance.json", json.dumps(origin, indent=1, sort_keys=True) + "\n")
-    return folder
+    kept.write(figure, whole, {name: known for name, (_, known) in read.items()}, "benchmarks/dlora_record.py")
+    return kept.folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -11,23 +11,18 @@ written. Exit status: 0; 1 where any was not.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from harness.atomic import write_atomically  # noqa: E402
 from harness.figure_file import FigureFile, load_figure  # noqa: E402
 from harness.provenance import commit  # noqa: E402
 from harness.reference import Reference  # noqa: E402
 from harness.rows import About, Row  # noqa: E402
-from harness.table import as_csv, columns  # noqa: E402
 from systems.registry import InputError, Trial, experiment  # noqa: E402
 
 FIGURES = ROOT / "figures" / "maveriq"
@@ -63,21 +58,12 @@ def record(path: Path, root: Path = ROOT / "reference") -> Path:
     told = commit(ROOT)
     code = f"{str(told['commit'])[:10]}{'+' if told['dirty'] is True else ''}"
     about = {
-        name: asdict(About([figure.testbed], ["measured"], ["paper"], [0], [code], notes=sorted(notes)))
+        name: About([figure.testbed], ["measured"], ["paper"], [0], [code], notes=sorted(notes))
         for name, (_, notes) in read.items()
     }
-    folder = Reference.of("maveriq", path.stem, figure.testbed, root).folder
-    folder.mkdir(parents=True, exist_ok=True)
-    whole = [row for found, _ in read.values() for row in found]
-    origin: dict[str, Any] = {
-        "testbed": figure.testbed,
-        "about": about,
-        "trials": {},
-        "command": "benchmarks/maveriq_record.py",
-    }
-    write_atomically(folder / "table.csv", as_csv(whole, columns(figure)))
-    write_atomically(folder / "provenance.json", json.dumps(origin, indent=1, sort_keys=True) + "\n")
-    return folder
+    kept = Reference.of("maveriq", path.stem, figure.testbed, root)
+    kept.write(figure, [row for found, _ in read.values() for row in found], about, "benchmarks/maveriq_record.py")
+    return kept.folder
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

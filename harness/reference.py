@@ -14,11 +14,15 @@ import csv
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from harness.atomic import write_atomically
+from harness.figure_file import FigureFile
 from harness.rows import About, Row
+from harness.table import as_csv, columns
 from systems.registry import InputError, Scalar
 
 REFERENCE = Path("reference")
@@ -50,6 +54,14 @@ class Reference:
     def history(self, series: str) -> Path:
         """The probes of a series; the file may not exist."""
         return self.folder / f"{series}.history.jsonl"
+
+    def write(self, figure: FigureFile, rows: Sequence[Row], about: Mapping[str, About], command: str) -> None:
+        """Keep rows that a benchmark's file gave, not trials of ours; `command` made them of it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        told = {name: asdict(known) for name, known in about.items()}
+        origin = {"testbed": figure.testbed, "about": told, "trials": {}, "command": command}
+        write_atomically(self.folder / "table.csv", as_csv(list(rows), columns(figure)))
+        write_atomically(self.folder / "provenance.json", json.dumps(origin, indent=1, sort_keys=True) + "\n")
 
     def version(self) -> str:
         """A hash of all of it: what is drawn depends on nothing else."""

@@ -8,45 +8,24 @@ owner is gone: the process ends at once.
 
 from __future__ import annotations
 
-import json
 import os
 import queue
 import statistics
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 from systems.common.errors import InputError
+from systems.llmstation.orders import Order, say
+from systems.llmstation.orders import orders as orders_of_owner
 
-ENDED = 3
 IN_FLIGHT = 4
 PHASES = ("forward", "backward")
 
 
-def _orders() -> queue.Queue[dict[str, Any]]:
-    """Orders as they come; the process ends when there can be no more."""
-    orders: queue.Queue[dict[str, Any]] = queue.Queue()
-
-    def read() -> None:
-        for line in sys.stdin:
-            orders.put(json.loads(line))
-        os._exit(ENDED)
-
-    threading.Thread(target=read, daemon=True).start()
-    return orders
-
-
-def _say(**told: object) -> None:
-    out = sys.__stdout__
-    assert out is not None
-    out.write(json.dumps(told) + "\n")
-    out.flush()
-
-
-def serve(orders: queue.Queue[dict[str, Any]]) -> None:
+def serve(orders: queue.Queue[Order]) -> None:
     """Time batches: the mean of those that fit into the time given."""
     import torch
 
@@ -59,7 +38,7 @@ def serve(orders: queue.Queue[dict[str, Any]]) -> None:
     device = torch.device(told["device"])
     bench = Bench.build(model(told["model"]), device, told["max_num_seqs"], told["blocks"])
     lanes = lanes_of(device)
-    _say(ready=True)
+    say(ready=True)
     while True:
         order = orders.get()
         phase, size, context = order["phase"], order["size"], order["context"]
@@ -69,7 +48,7 @@ def serve(orders: queue.Queue[dict[str, Any]]) -> None:
             else:
                 work, before = prompts_work(bench, (0, context, size, 0, 1), rested=False)
             took_s = _mean_s(work, before, order["seconds"], device)
-        _say(mean_s=statistics.fmean(took_s), count=len(took_s))
+        say(mean_s=statistics.fmean(took_s), count=len(took_s))
 
 
 def _mean_s(work: Callable[[], object], before: Callable[[], object], seconds: float, device: Any) -> list[float]:  # noqa: ANN401
@@ -103,7 +82,7 @@ def _mean_s(work: Callable[[], object], before: Callable[[], object], seconds: f
     return took_s
 
 
-def tune(orders: queue.Queue[dict[str, Any]]) -> None:
+def tune(orders: queue.Queue[Order]) -> None:
     """Tune without a pause from `run` to `stop`, at the length that `run` names."""
     from systems.common.models import model
     from systems.llmstation.corun.session import Wanted
@@ -113,13 +92,13 @@ def tune(orders: queue.Queue[dict[str, Any]]) -> None:
     # as torchtune runs: activation checkpointing (sheet 3)
     wanted = Wanted(model(told["model"]), device=told["device"], recompute=True)
     jobs = {tokens: TuningOnly.start(replace(wanted, tuning_tokens=tokens)) for tokens in told["tokens"]}
-    _say(ready=True, notes=[note for job in jobs.values() for note in job.notes][:1])
+    say(ready=True, notes=[note for job in jobs.values() for note in job.notes][:1])
     while True:
         order = orders.get()
         assert order["order"] == "run", order
         job = jobs[order["tokens"]]
         tuner = job.tuner
-        _say(running=True)
+        say(running=True)
         samples, began = tuner.samples, time.perf_counter()
         took_s: dict[str, list[float]] = {}
         while orders.empty() or len(took_s) < len(PHASES):  # a stop that comes early waits for a tasklet of each phase
@@ -132,18 +111,18 @@ def tune(orders: queue.Queue[dict[str, Any]]) -> None:
         orders.get()
         spent_s = time.perf_counter() - began
         means = {phase: statistics.fmean(times) for phase, times in took_s.items()}
-        _say(tasklet_s=means, samples=tuner.samples - samples, seconds=spent_s)
+        say(tasklet_s=means, samples=tuner.samples - samples, seconds=spent_s)
 
 
 def main() -> None:
     """Be one of them."""
     sys.stdout = sys.stderr  # whatever a library prints must not get between the lines
     try:
-        {"serve": serve, "tune": tune}[sys.argv[1]](_orders())
+        {"serve": serve, "tune": tune}[sys.argv[1]](orders_of_owner())
     except InputError as error:
-        _say(refused=[error.where, error.key, str(error.value), error.mend])
+        say(refused=[error.where, error.key, str(error.value), error.mend])
     except Exception as error:  # the owner tells it in its own words
-        _say(failed=f"{type(error).__name__}: {error}"[:500])
+        say(failed=f"{type(error).__name__}: {error}"[:500])
     sys.stderr.flush()
     os._exit(0)  # the thread that reads orders would not let the interpreter end
 

@@ -6,28 +6,18 @@ being measured run. Each side takes means over many samples: neither knows which
 
 from __future__ import annotations
 
-import json
-import os
-import queue
-import signal
-import subprocess
-import sys
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from systems.common.calibrate.budget import Budget
-from systems.common.errors import InputError
-from systems.common.gpu.mps import THREADS, MpsDaemon
+from systems.common.gpu.mps import MpsDaemon
 from systems.common.hardware.interference import MPS
+from systems.llmstation import orders
 from systems.llmstation.calibrate.rows import Row, of_limit, of_means
 
-ROOT = Path(__file__).resolve().parents[3]
-START_S, ANSWER_S, WATCH_S = 150.0, 60.0, 0.5
+START_S, ANSWER_S = 150.0, 60.0
 WHOLE, FEW = 100, 30
 
 
@@ -56,72 +46,10 @@ class Plan:
     max_num_seqs: int = 128
 
 
-class Process:
-    """A process of `calibrate.child`, ended with its whole group when this closes, and by itself when we die."""
+class Process(orders.Child):
+    """A process of `calibrate.child`."""
 
-    def __init__(self, side: str, environment: Mapping[str, str]) -> None:
-        self.side = side
-        kept = {key: value for key, value in os.environ.items() if key != THREADS}
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "systems.llmstation.calibrate.child", side],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            env={**kept, **environment},
-            cwd=ROOT,
-            start_new_session=True,
-            text=True,
-        )
-        self._lines: queue.Queue[str] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._lines.put(line)
-        self._lines.put("")
-
-    def order(self, **order: object) -> None:
-        """Send one order; a process that has ended is found out by `answer`."""
-        assert self._process.stdin is not None
-        with suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(order) + "\n")
-            self._process.stdin.flush()
-
-    def answer(self, timeout_s: float = ANSWER_S, watch: Callable[[], None] = lambda: None) -> dict[str, Any]:
-        """Its next line; `watch` is called now and then and may raise.
-
-        Raises InputError: what the process refused, that it ended, or that it says nothing for too long.
-        """
-        waited_s = 0.0
-        while True:
-            try:
-                line = self._lines.get(timeout=WATCH_S)
-                break
-            except queue.Empty:
-                waited_s += WATCH_S
-                watch()
-                if waited_s >= timeout_s:
-                    mend = "no answer: see the messages above, or run again"
-                    raise InputError("calibrate", f"{self.side} process", f"{timeout_s:g} s", mend) from None
-        if not line:
-            code = self._process.wait()
-            raise InputError("calibrate", f"{self.side} process", f"exit code {code}", "it died: its messages are above")
-        told: dict[str, Any] = json.loads(line)
-        if "refused" in told:
-            raise InputError(*told["refused"])
-        if "failed" in told:
-            raise InputError("calibrate", f"{self.side} process", told["failed"], "its messages are above")
-        return told
-
-    def close(self) -> None:
-        """End the process and all it started."""
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                with suppress(BrokenPipeError):
-                    pipe.close()
+    module, where = "systems.llmstation.calibrate.child", "calibrate"
 
 
 class Pairs:

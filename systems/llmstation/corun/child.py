@@ -7,40 +7,15 @@ and `end` alone. When standard input closes its owner is gone: it ends at once.
 
 from __future__ import annotations
 
-import json
 import os
 import queue
 import sys
-import threading
 import time
-from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
 
 from systems.common.errors import InputError
-
-ENDED = 3
-Order = Mapping[str, Any]
-
-
-def _orders() -> queue.Queue[Order]:
-    """Orders as they come; the process ends when there can be no more."""
-    orders: queue.Queue[Order] = queue.Queue()
-
-    def read() -> None:
-        for line in sys.stdin:
-            orders.put(json.loads(line))
-        os._exit(ENDED)
-
-    threading.Thread(target=read, daemon=True).start()
-    return orders
-
-
-def _say(**told: object) -> None:
-    out = sys.__stdout__
-    assert out is not None
-    out.write(json.dumps(told) + "\n")
-    out.flush()
+from systems.llmstation.orders import Order, say
+from systems.llmstation.orders import orders as orders_of_owner
 
 
 def tune(orders: queue.Queue[Order]) -> None:
@@ -59,7 +34,7 @@ def tune(orders: queue.Queue[Order]) -> None:
             if job is None or job.wanted != wanted:
                 job = None  # its trainer's memory first
                 job = TuningOnly.start(wanted)
-            _say(ready=True, notes=list(job.notes))
+            say(ready=True, notes=list(job.notes))
             continue
         assert order["order"] == "begin" and job is not None, order
         samples, since_s = job.tuner.samples, time.perf_counter()
@@ -67,7 +42,7 @@ def tune(orders: queue.Queue[Order]) -> None:
             job.advance()
         job.tuner.drain()
         assert orders.get()["order"] == "end"
-        _say(done=True, samples=job.tuner.samples - samples, seconds=time.perf_counter() - since_s)
+        say(done=True, samples=job.tuner.samples - samples, seconds=time.perf_counter() - since_s)
 
 
 def serve(orders: queue.Queue[Order]) -> None:
@@ -80,19 +55,19 @@ def serve(orders: queue.Queue[Order]) -> None:
         if order["order"] == "prepare":
             os.environ.update(order["environment"])
             run = serve_alone(trial_of(order["trial"]))
-            _say(ready=True, notes=[])
+            say(ready=True, notes=[])
             continue
         assert order["order"] == "begin" and run is not None, order
-        _say(done=True, **run())
+        say(done=True, **run())
 
 
 def main() -> None:
     """Be one side."""
     sys.stdout = sys.stderr  # whatever a library prints must not get between the lines
     try:
-        {"serve": serve, "tune": tune}[sys.argv[1]](_orders())
+        {"serve": serve, "tune": tune}[sys.argv[1]](orders_of_owner())
     except InputError as error:
-        _say(refused=[error.where, error.key, str(error.value), error.mend])
+        say(refused=[error.where, error.key, str(error.value), error.mend])
     sys.stderr.flush()
     os._exit(0)  # the thread that reads orders would not let the interpreter end
 

@@ -10,100 +10,29 @@ each thread percentage needs its own, as MPS reads it when a process first touch
 from __future__ import annotations
 
 import atexit
-import json
-import os
-import queue
-import signal
-import subprocess
-import sys
-import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from systems.common.core import Trial
 from systems.common.errors import InputError
-from systems.common.gpu.mps import THREADS, MpsDaemon
+from systems.common.gpu.mps import MpsDaemon
+from systems.llmstation import orders
 from systems.llmstation.corun.measure import device_of, told_of
 
-ROOT = Path(__file__).resolve().parents[3]
 START_S = 300.0
 END_S = 60.0
-WATCH_S = 0.5
 MOST_TUNERS = 2
 """Tuners kept: each holds a copy of the weights."""
 MOST_SPARES = 3
 """Where many trials are foreseen, tuners that have imported everything and wait to be told their thread percentage."""
 
 
-class Child:
-    """A process of `corun.child`, ended with its whole group when this closes, and by itself when we die."""
+class Child(orders.Child):
+    """A process of `corun.child`."""
 
-    def __init__(self, side: str, environment: Mapping[str, str]) -> None:
-        self.side = side
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "systems.llmstation.corun.child", side],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            # the limit is for tuning alone; one that lies about in our environment would throttle serving too (sheet 9)
-            env={**{key: value for key, value in os.environ.items() if key != THREADS}, **environment},
-            cwd=ROOT,
-            start_new_session=True,
-            text=True,
-        )
-        self._lines: queue.Queue[str] = queue.Queue()
-        threading.Thread(target=self._read, daemon=True).start()
-
-    def _read(self) -> None:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            self._lines.put(line)
-        self._lines.put("")
-
-    def order(self, **order: object) -> None:
-        """Send one order; a child that has ended is found out by `answer`."""
-        assert self._process.stdin is not None
-        with suppress(BrokenPipeError):
-            self._process.stdin.write(json.dumps(order) + "\n")
-            self._process.stdin.flush()
-
-    def answer(self, timeout_s: float, watch: Callable[[], None] = lambda: None) -> dict[str, Any]:
-        """Its next line; `watch` is called now and then and may raise.
-
-        Raises:
-            InputError: what the child refused, that it ended, or that it says nothing for too long.
-        """
-        waited_s = 0.0
-        while True:
-            try:
-                line = self._lines.get(timeout=WATCH_S)
-                break
-            except queue.Empty:
-                waited_s += WATCH_S
-                watch()
-                if waited_s >= timeout_s:
-                    mend = "no answer: see the messages above, or run again"
-                    raise InputError("llmstation", f"{self.side} process", f"{timeout_s:g} s", mend) from None
-        if not line:
-            code = self._process.wait()
-            raise InputError("llmstation", f"{self.side} process", f"exit code {code}", "it died: its messages are above")
-        told: dict[str, Any] = json.loads(line)
-        if "refused" in told:
-            raise InputError(*told["refused"])
-        return told
-
-    def close(self) -> None:
-        """End the process and all it started."""
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        for pipe in (self._process.stdin, self._process.stdout):
-            if pipe is not None:
-                with suppress(BrokenPipeError):
-                    pipe.close()
+    module, where = "systems.llmstation.corun.child", "llmstation"
 
 
 @dataclass(frozen=True, slots=True)
